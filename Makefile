@@ -1,0 +1,35 @@
+# Every target makes .venv first if it is missing, or if what it is made from has changed.
+PYTHON ?= python3
+PORT ?= 8000
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PLUGINS := $(wildcard plugins/*/pyproject.toml)
+
+.PHONY: serve test lint bench docs venv
+
+serve: $(INSTALLED) ## Serve the demo checkpoint, or what ARGS names: make serve PORT=8123
+	$(BIN)/engine serve --port $(PORT) $(ARGS)
+
+test: lint ## What CI runs
+	$(BIN)/pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(INSTALLED) ## Measure against transformers on this machine
+	$(BIN)/python benchmarks/compare.py $(ARGS)
+
+docs: $(INSTALLED) ## Write docs/reference from the hook specifications and the CLI's help
+	$(BIN)/python docs/generate.py
+
+venv: $(INSTALLED)
+
+$(INSTALLED): constraints.txt pyproject.toml kernels/pyproject.toml $(PLUGINS)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt \
+		-e kernels -e ".[dev]" $(patsubst %/pyproject.toml,-e %,$(PLUGINS))
+	touch $@

@@ -1,0 +1,74 @@
+"""The checkpoint that the benchmarks share: a 0.5B text backbone under a ViT-L tower, random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+VOCAB_SIZE = 32064
+IMAGE_TOKEN = 32000
+
+
+def make_checkpoint(path: Path) -> Path:
+    """Write the checkpoint to `path` (1.4 GB, bfloat16) unless it is there already."""
+    if (path / "model.safetensors").is_file():
+        return path
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+        image_token_index=IMAGE_TOKEN,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    model.save_pretrained(path)
+    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+    ).save_pretrained(path)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    ).save_pretrained(path)
+    return path
+
+
+def _vocabulary() -> dict[str, int]:
+    """Bytes, special tokens, and fillers up to the model's vocabulary."""
+    names = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names += [f"<filler_{i}>" for i in range(len(names), VOCAB_SIZE)]
+    names[IMAGE_TOKEN] = "<image>"
+    return {name: index for index, name in enumerate(names)}

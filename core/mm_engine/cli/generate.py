@@ -1,0 +1,128 @@
+"""`engine generate`: one question, one answer, in the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mm_engine.cli import options
+from mm_engine.cli.model_choice import choose_model
+from mm_engine.errors import RequestError
+
+if TYPE_CHECKING:
+    from mm_engine.config import EngineConfig
+    from mm_engine.sampling_params import SamplingParams
+
+
+def generate(
+    prompt: Annotated[
+        str, typer.Argument(metavar="QUESTION", help="What to ask.", show_default=False)
+    ],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "-i",
+            "--image",
+            metavar="FILE",
+            help="A picture to ask about: PNG, JPEG, WebP or GIF. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m",
+            "--model",
+            help="A checkpoint's folder, a Hub id, or a bundled demo's name. Default: the demo.",
+            show_default=False,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest answer; default: up to the model's length."),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")
+    ] = 0.0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    max_model_len: options.MaxModelLen = None,
+    load_format: options.LoadFormat = "auto",
+    chat_template: options.ChatTemplate = None,
+    plugin: options.Plugins = None,
+    seed: options.Seed = 0,
+    kv_cache_memory: options.KVCacheMemory = None,
+) -> None:
+    """Ask a model one question and print its answer as it comes.
+
+    [bold]engine generate -i picture.png "What colour is the circle?"[/bold]
+    """
+    from mm_engine.config import EngineConfig
+    from mm_engine.sampling_params import SamplingParams
+
+    pictures = [_read_picture(path) for path in image or ()]
+    name, remark = choose_model(model)
+    if remark:
+        typer.echo(remark, err=True)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    limits = {"image": len(pictures)} if len(pictures) > 1 else {"image": 1}
+    config = EngineConfig(
+        model=name,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        kv_cache_memory=options.parse_size(kv_cache_memory, "--kv-cache-memory")
+        if kv_cache_memory
+        else None,
+        seed=seed,
+        load_format=load_format,
+        limit_mm_per_prompt=limits,
+        plugins=tuple(plugin or ()),
+    )
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwinds: no process is left
+    asyncio.run(_answer(config, chat_template, messages, params))
+
+
+def _read_picture(path: Path) -> Any:
+    from mm_engine.inputs.media import decode_image
+
+    try:
+        encoded = path.read_bytes()
+    except OSError as error:
+        raise RequestError(
+            f"the picture can't be read: {path} ({error.strerror}). Check the path."
+        ) from None
+    return decode_image(encoded)
+
+
+async def _answer(
+    config: EngineConfig,
+    chat_template: str | None,
+    messages: list[dict[str, Any]],
+    params: SamplingParams,
+) -> None:
+    from mm_engine.engine.client import EngineClient
+    from mm_engine.inputs.pipeline import InputPipeline
+    from mm_engine.worker.loader import open_model
+
+    pipeline = InputPipeline(open_model(config), chat_template=chat_template)
+    prepared = pipeline.prepare_chat(messages)
+    pipeline.request(prepared, params)  # too long for the model? Then before it is loaded
+    client = await EngineClient.start(config, pipeline.dummy_request())
+    try:
+        pipeline.limit_length(client.info.kv_cache_tokens)
+        started = False
+        async for output in client.generate(pipeline.request(prepared, params)):
+            for new in output.outputs:
+                text = new.text if started else new.text.lstrip()  # many answers start with a space
+                started = started or bool(text)
+                typer.echo(text, nl=False)
+        typer.echo()
+    finally:
+        await client.close()

@@ -1,0 +1,61 @@
+"""The command `engine`. Heavy imports happen inside the commands that need them."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from mm_engine.cli.generate import generate
+from mm_engine.cli.plugins import app as plugins_app
+from mm_engine.cli.serve import serve
+from mm_engine.errors import MMEngineError
+from mm_engine.plugins.discovery import installed
+
+app = typer.Typer(
+    name="engine",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(serve)
+app.command()(generate)
+app.add_typer(plugins_app, name="plugins")
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    typer.echo(f"mm-engine {metadata.version('mm-engine')}")
+    for line in dict.fromkeys(f"{p.distribution} {p.version}" for p in installed()):
+        typer.echo(line)
+    raise typer.Exit
+
+
+@app.callback()
+def engine(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the versions of mm-engine and of each installed plugin.",
+        ),
+    ] = False,
+) -> None:
+    """Serve vision-language models; each model is a pip package."""
+
+
+def main() -> None:
+    """Run the command line; an error is one line on stderr and exit code 1."""
+    try:
+        app()
+    except MMEngineError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

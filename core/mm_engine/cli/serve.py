@@ -1,0 +1,155 @@
+"""`engine serve`: a model behind an OpenAI-compatible HTTP server."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from mm_engine.cli import options
+from mm_engine.cli.model_choice import choose_model, model_names
+
+SERVER_PANEL = "Server"
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A checkpoint's folder, a Hub id such as org/name, or a bundled demo's name. "
+            "Without it, the demo of an installed plugin is served.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on; 0.0.0.0 lets others in: set a key then.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, help="0 picks a free one.", rich_help_panel=SERVER_PANEL),
+    ] = 8000,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The name that clients use; default: the model's. Repeatable.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MM_ENGINE_API_KEY",
+            show_default=False,
+            help="Require this key. Set the variable rather than the flag, "
+            "which shows in the process list.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = None,
+    limit_mm_per_prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="image=N|JSON",
+            help='Most images in one request: image=4, or {"image": 4}. Default: 8.',
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = None,
+    max_queued_requests: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Prompts in flight, waiting or running; more get status 429.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = 256,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        typer.Option(help="Least level that is logged.", rich_help_panel=SERVER_PANEL),
+    ] = "info",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    max_model_len: options.MaxModelLen = None,
+    load_format: options.LoadFormat = "auto",
+    chat_template: options.ChatTemplate = None,
+    plugin: options.Plugins = None,
+    seed: options.Seed = 0,
+    max_num_seqs: Annotated[
+        int,
+        typer.Option(min=1, help="Sequences in one step.", rich_help_panel=options.MEMORY_PANEL),
+    ] = 64,
+    max_num_batched_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens in one step, prompts and answers together.",
+            rich_help_panel=options.MEMORY_PANEL,
+        ),
+    ] = 2048,
+    block_size: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens in one block of the KV cache.",
+            rich_help_panel=options.MEMORY_PANEL,
+        ),
+    ] = 16,
+    kv_cache_memory: options.KVCacheMemory = None,
+    memory_utilization: Annotated[
+        float,
+        typer.Option(
+            "--memory-utilization",
+            "--gpu-memory-utilization",
+            min=0.01,
+            max=1.0,
+            help="Share of the device's memory to use.",
+            rich_help_panel=options.MEMORY_PANEL,
+        ),
+    ] = 0.9,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's API does.
+
+    [bold]engine serve[/bold] serves the demo of an installed plugin;
+    [bold]engine serve org/name[/bold] a checkpoint from the Hub.
+    """
+    from mm_engine.cli.banner import print_banner
+    from mm_engine.config import EngineConfig
+    from mm_engine.server.log import configure_logging
+    from mm_engine.server.run import serve as run_server
+    from mm_engine.server.settings import ServerSettings
+
+    configure_logging(log_level)
+    name, remark = choose_model(model)
+    if remark:
+        typer.echo(remark, err=True)
+    config = EngineConfig(
+        model=name,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        kv_cache_memory=options.parse_size(kv_cache_memory, "--kv-cache-memory")
+        if kv_cache_memory
+        else None,
+        memory_utilization=memory_utilization,
+        seed=seed,
+        load_format=load_format,
+        limit_mm_per_prompt=options.parse_limits(limit_mm_per_prompt),
+        plugins=tuple(plugin or ()),
+    )
+    names = tuple(served_model_name or ()) or model_names(name)
+    settings = ServerSettings(
+        served_model_names=names[:1] if not served_model_name else names,
+        hidden_model_names=() if served_model_name else names[1:],
+        host=host,
+        port=port,
+        api_key=api_key or None,
+        chat_template=chat_template,
+        max_queued_requests=max_queued_requests,
+    )
+    raise typer.Exit(run_server(config, settings, print_banner))

@@ -1,0 +1,57 @@
+"""How the engine was asked to run (`EngineConfig`) and what a model is (`ModelContext`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+DEFAULT_LIMITS: Mapping[str, int] = {"image": 8}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """The engine's options; `LLM(...)` takes them as keywords and `engine serve` as flags.
+
+    Sizes are in tokens or bytes as named. None means: found at startup.
+    """
+
+    model: str  # a checkpoint's folder, a Hub id, or the name of a bundled demo
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    device: str = "auto"  # auto, cpu, cuda
+    max_model_len: int | None = None  # prompt and output together, tokens
+    max_num_seqs: int = 64  # sequences in one step
+    max_num_batched_tokens: int = 2048  # tokens in one step, prefill chunks and decodes together
+    block_size: int = 16  # tokens in one block of the KV cache
+    kv_cache_memory: int | None = None  # bytes; None: what is left after the profile run
+    memory_utilization: float = 0.9  # of the device's memory; on a CPU, of what is available
+    seed: int = 0
+    load_format: str = "auto"  # auto (safetensors) or dummy (random weights)
+    attention_backend: str = "auto"
+    limit_mm_per_prompt: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_LIMITS))
+    plugins: tuple[str, ...] = ()  # `--plugin`: `Architecture=distribution`, or a path to one file
+    hook_timeout: float = 30.0  # seconds that one call of a plugin's mapper or processor may take
+    progress: bool = True  # progress bars on stderr
+
+
+@dataclass(frozen=True, slots=True)
+class ModelContext:
+    """What a plugin is told about the model that it serves; the first argument of every hook."""
+
+    hf_config: PretrainedConfig
+    checkpoint: Path
+    tokenizer: PreTrainedTokenizerFast
+    dtype: torch.dtype
+    max_model_len: int
+    limits: Mapping[str, int]  # items per prompt, by modality
+    architecture: str
+
+    @property
+    def text_config(self) -> Any:
+        """The text backbone's part of the config (the whole one if it isn't nested)."""
+        return self.hf_config.get_text_config()

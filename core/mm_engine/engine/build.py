@@ -1,0 +1,95 @@
+"""From an opened model to an engine that is ready: load, profile, size the KV cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mm_engine.config import EngineConfig
+from mm_engine.engine.engine import Engine
+from mm_engine.engine.status import EngineInfo
+from mm_engine.errors import StartupError
+from mm_engine.request import Request
+from mm_engine.worker.model_runner import ModelRunner
+
+if TYPE_CHECKING:
+    from mm_engine.worker.loader import OpenedModel
+
+
+def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Request) -> Engine:
+    """Load the weights, run `profile_request` (the costliest prompt), allocate the KV cache.
+
+    The engine's `info` says what came of it.
+
+    Raises:
+        StartupError: weights are missing, or no memory is left for the KV cache.
+        PluginError: the plugin broke its contract on its own dummy data.
+    """
+    ctx = opened.ctx
+    runner = ModelRunner(opened, config)
+    runner.profile([profile_request])
+    num_blocks = num_cache_blocks(
+        config,
+        max_model_len=ctx.max_model_len,
+        bytes_per_block=runner.cache_bytes_per_block,
+        available=runner.available_memory(),
+        is_cpu=runner.device.type == "cpu",
+    )
+    runner.init_cache(num_blocks)
+    max_item_rows = max((opened.plugin.max_tokens(ctx, name) for name in ctx.limits), default=0)
+    engine = Engine(
+        runner,
+        config,
+        ctx.tokenizer,
+        num_blocks=num_blocks,
+        max_model_len=ctx.max_model_len,
+        max_encoder_rows=max(config.max_num_batched_tokens, max_item_rows),
+    )
+    engine.info = EngineInfo(
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        kv_cache_tokens=num_blocks * config.block_size,
+        max_model_len=ctx.max_model_len,
+        dtype=str(ctx.dtype).removeprefix("torch."),
+        device=str(runner.device),
+        plugin=opened.plugin.label,
+        architecture=ctx.architecture,
+        num_parameters=runner.num_parameters,
+        load_seconds=runner.load_seconds,
+    )
+    return engine
+
+
+def num_cache_blocks(
+    config: EngineConfig,
+    *,
+    max_model_len: int,
+    bytes_per_block: int,
+    available: int,
+    is_cpu: bool,
+) -> int:
+    """How many blocks the KV cache gets, out of `available` bytes or `config.kv_cache_memory`.
+
+    On a CPU, memory is shared with everybody else: never more than `max_num_seqs` sequences of
+    full length can use.
+
+    Raises:
+        StartupError: not even one block fits.
+    """
+    if config.kv_cache_memory is not None:
+        if config.kv_cache_memory < bytes_per_block:
+            raise StartupError(
+                f"kv_cache_memory is too small: {config.kv_cache_memory} bytes. "
+                f"One block of {config.block_size} tokens takes {bytes_per_block} bytes."
+            )
+        return config.kv_cache_memory // bytes_per_block
+    num_blocks = available // bytes_per_block
+    if num_blocks < 1:
+        raise StartupError(
+            f"No memory is left for the KV cache: {max(0, available)} bytes of the "
+            f"{bytes_per_block} that one block takes. Raise memory_utilization, "
+            "lower max_num_batched_tokens, or free memory."
+        )
+    if is_cpu:
+        blocks_per_sequence = -(-max_model_len // config.block_size)
+        num_blocks = min(num_blocks, config.max_num_seqs * blocks_per_sequence)
+    return num_blocks

@@ -1,0 +1,263 @@
+"""The front's end of the engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from mm_engine.config import EngineConfig
+from mm_engine.engine import wire
+from mm_engine.engine.process import SOCKET_NAME
+from mm_engine.engine.status import EngineInfo, EngineStats
+from mm_engine.errors import (
+    ERRORS_BY_NAME,
+    EngineDead,
+    MMEngineError,
+    RequestError,
+    StartupError,
+)
+from mm_engine.outputs import ErrorInfo, RequestOutput
+from mm_engine.request import Request
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2  # how often the process is looked at
+SHUTDOWN_SECONDS = 5.0  # how long it may take to end when asked
+MAX_ADDRESS = 100  # bytes; the system's limit for a socket's path is 104 to 108
+
+
+class EngineClient:
+    """An engine in a process of its own. Made by `start`, ended by `close`; for one event loop."""
+
+    info: EngineInfo
+
+    def __init__(self) -> None:
+        self._folder = _new_folder()
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket = self._context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        address = f"ipc://{self._folder / SOCKET_NAME}"
+        self._socket.bind(address)
+        self._process = _spawn(address)
+        self._answers: dict[str, asyncio.Queue[RequestOutput | None]] = {}  # None: it is dead
+        self._stats: deque[asyncio.Future[EngineStats]] = deque()
+        self._death: str | None = None  # how the engine ended
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def start(cls, config: EngineConfig, profile_request: Request) -> EngineClient:
+        """Start the process and wait until the model is loaded.
+
+        Raises:
+            StartupError, PluginError: it can't start as asked; nothing is left behind.
+        """
+        client = cls()
+        try:
+            client.info = await client._shake_hands(config, profile_request)
+        except BaseException:
+            client._process.kill()
+            client._clean_up()
+            raise
+        client._tasks = [asyncio.create_task(client._read()), asyncio.create_task(client._watch())]
+        return client
+
+    @property
+    def pid(self) -> int:
+        """The engine process."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine takes requests."""
+        return self._death is None and self._process.poll() is None
+
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """Answer `request`, increment by increment. Leaving the iterator aborts the request.
+
+        The request's id must be one that was never used before.
+
+        Raises:
+            RequestError, PluginError: the request failed.
+            EngineDead: the process is gone.
+        """
+        if self._death is not None:
+            raise self._dead()
+        if request.request_id in self._answers:
+            raise RequestError(
+                f"request_id is in use: {request.request_id}. Choose another.", param="request_id"
+            )
+        answer: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
+        self._answers[request.request_id] = answer
+        ended = False
+        try:
+            tensors: list[wire.Frame] = []
+            self._send(wire.Add(wire.pack_request(request, tensors)), tensors)
+            while not ended:
+                output = await answer.get()
+                if output is None:
+                    raise self._dead()
+                ended = output.finished
+                if output.error is not None:
+                    raise _to_error(output.error)
+                yield output
+        finally:
+            del self._answers[request.request_id]
+            if not ended and self._death is None:
+                self._send(wire.Abort(request.request_id))
+
+    async def stats(self) -> EngineStats:
+        """How the engine is, between two steps.
+
+        Raises:
+            EngineDead: the process is gone.
+        """
+        if self._death is not None:
+            raise self._dead()
+        future: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
+        self._stats.append(future)
+        self._send(wire.StatsRequest())
+        return await future
+
+    async def close(self) -> None:
+        """End the process: ask, wait, kill. What is still being answered gets `EngineDead`."""
+        try:
+            if self.alive:
+                self._send(wire.Shutdown())
+                async with asyncio.timeout(SHUTDOWN_SECONDS):
+                    while self._process.poll() is None:
+                        await asyncio.sleep(POLL_SECONDS / 10)
+        except TimeoutError:
+            pass
+        finally:
+            self._die("it was closed")
+            for task in self._tasks:
+                task.cancel()
+            if self._process.poll() is None:
+                self._process.kill()
+            self._clean_up()
+
+    async def _shake_hands(self, config: EngineConfig, profile_request: Request) -> EngineInfo:
+        async def hand_over() -> wire.FromEngine:
+            tensors: list[wire.Frame] = []
+            packed = wire.pack_request(profile_request, tensors)
+            await self._socket.send_multipart(
+                wire.encode(wire.Start(config, packed), tensors), copy=False
+            )
+            return wire.decode_from_engine(await self._socket.recv_multipart())
+
+        task = asyncio.create_task(hand_over())
+        try:
+            while not task.done():
+                exited = self._process.poll() is not None
+                await asyncio.wait((task,), timeout=POLL_SECONDS)
+                if exited and not task.done():
+                    raise StartupError(
+                        f"the engine process ended while starting: {self._how_it_ended()}. "
+                        "What it printed says why."
+                    )
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        message = task.result()
+        if isinstance(message, wire.Failed):
+            raise ERRORS_BY_NAME.get(message.name, StartupError)(message.message)
+        assert isinstance(message, wire.Ready)
+        return message.info
+
+    def _send(self, message: wire.ToEngine, tensors: list[wire.Frame] | None = None) -> None:
+        # The queue to the engine has no limit: this never waits, not even while being cancelled.
+        self._socket.send_multipart(wire.encode(message, tensors or []), copy=False)
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                self._dispatch(wire.decode_from_engine(await self._socket.recv_multipart()))
+        except Exception:
+            logger.exception("The engine can't be understood.")
+            self._process.kill()  # and _watch tells everybody
+
+    def _dispatch(self, message: wire.FromEngine) -> None:
+        if isinstance(message, wire.Outputs):
+            for output in message.outputs:
+                answer = self._answers.get(output.request_id)
+                if answer is not None:  # else the caller left before it knew
+                    answer.put_nowait(output)
+        elif isinstance(message, wire.Stats):
+            future = self._stats.popleft()
+            if not future.done():
+                future.set_result(message.stats)
+
+    async def _watch(self) -> None:
+        while self._process.poll() is None:
+            await asyncio.sleep(POLL_SECONDS)
+        await asyncio.sleep(POLL_SECONDS)  # for what it sent before
+        self._die(self._how_it_ended())
+
+    def _die(self, how: str) -> None:
+        """Tell everybody who waits that nothing more will come."""
+        if self._death is not None:
+            return
+        self._death = how
+        for answer in self._answers.values():
+            answer.put_nowait(None)
+        for future in self._stats:
+            if not future.done():
+                future.set_exception(self._dead())
+        self._stats.clear()
+
+    def _dead(self) -> EngineDead:
+        return EngineDead(f"the engine has stopped: {self._death}. Start it again.")
+
+    def _how_it_ended(self) -> str:
+        code = self._process.poll() or 0
+        if code < 0:
+            with contextlib.suppress(ValueError):
+                return f"killed by {signal.Signals(-code).name}"
+        return f"exit status {code}"
+
+    def _clean_up(self) -> None:
+        self._process.wait()  # it has ended or was killed: no zombie stays
+        self._socket.close(linger=0)
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _to_error(info: ErrorInfo) -> MMEngineError:
+    if info.name == "RequestError":
+        return RequestError(info.message, param=info.param)
+    return ERRORS_BY_NAME.get(info.name, MMEngineError)(info.message)
+
+
+def _new_folder() -> Path:
+    """A fresh folder that only this user can enter, with a path short enough for a socket."""
+    folder = Path(tempfile.mkdtemp(prefix="mm-engine-"))
+    if len(os.fsencode(folder / SOCKET_NAME)) > MAX_ADDRESS:
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="mm-engine-", dir="/tmp"))
+    return folder
+
+
+def _spawn(address: str) -> subprocess.Popen[Any]:
+    log_level = logging.getLogger("mm_engine").getEffectiveLevel()
+    arguments = [address, str(os.getpid()), str(log_level)]
+    command = [sys.executable, "-m", "mm_engine.engine.process", *arguments]
+    # What the parent can import the child can too, and nothing else: not the current folder's.
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    # What a plugin prints goes to stderr: the program's stdout is its own.
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, env=environment)

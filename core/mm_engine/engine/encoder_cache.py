@@ -1,0 +1,155 @@
+"""Which items' features are kept, and for whom: the policy. The tensors live in the worker.
+
+The worker is told by the step's plan: `ScheduledBatch.encode` lists the items to encode in it,
+`ScheduledBatch.evict` the content keys to drop first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
+
+from mm_engine.request import Item
+from mm_engine.sequence import Sequence
+
+
+class EncoderCache:
+    """Features of up to `max_rows` rows (one row is one placeholder token), kept by content key.
+
+    A sequence pins an item's features from the step that first computes a token of its range
+    until all of that range is computed. Unpinned features stay for others with the same content
+    until their rows are wanted; the least recently used go first.
+
+    `max_step_rows` bounds the rows encoded in one step, except that one item always may be.
+    """
+
+    def __init__(self, max_rows: int, max_step_rows: int) -> None:
+        self.max_rows = max_rows
+        self.max_step_rows = max_step_rows
+        self.num_hits = 0  # items whose features were there when a sequence came to them
+        self.num_encodes = 0
+        self._rows: OrderedDict[str, int] = OrderedDict()  # resident: rows by key, oldest use first
+        self._num_pins: Counter[str] = Counter()  # only keys that are pinned
+        self._pinned_by: dict[Sequence, list[Item]] = {}
+        self._num_rows = 0
+        self._encode: list[Item] = []  # of the step being planned
+        self._num_step_rows = 0
+        self._evict: list[str] = []  # since the last plan that was handed out
+        self._refused = False  # somebody lacked rows in this step
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all resident features; never above `max_rows`."""
+        return self._num_rows
+
+    def begin_step(self) -> None:
+        """Start to plan a step. Pins whose ranges have been computed are dropped."""
+        assert not self._encode, "a plan with items to encode was not handed out"
+        self._num_step_rows = 0
+        self._refused = False
+        for sequence in list(self._pinned_by):
+            self._unpin(sequence, up_to=sequence.num_computed_tokens)
+
+    def cut(self, sequence: Sequence, num_new_tokens: int) -> int:
+        """How many of the next `num_new_tokens` can be computed, for all that features decide.
+
+        The chunk is cut before the first item whose features can't be had in this step. Once a
+        sequence lacked rows, nobody asking later in the step may pin anything new: the callers
+        ask in order of age, so an older sequence is never starved by younger ones.
+        """
+        start = sequence.num_computed_tokens
+        num_pinned_rows = sum(self._rows[key] for key in self._num_pins)
+        num_step_rows = self._num_step_rows
+        seen: set[str] = set()
+        for item in self._needed(sequence, num_new_tokens):
+            key, rows = item.content_key, item.placeholder.length
+            if key in self._num_pins or key in seen:
+                continue
+            # A range that was begun is pinned, so a cut never falls before `start`.
+            assert item.placeholder.offset >= start
+            if self._refused or num_pinned_rows + rows > self.max_rows:
+                self._refused = True
+                return item.placeholder.offset - start
+            if key not in self._rows:
+                if num_step_rows and num_step_rows + rows > self.max_step_rows:
+                    return item.placeholder.offset - start
+                num_step_rows += rows
+            num_pinned_rows += rows
+            seen.add(key)
+        return num_new_tokens
+
+    def take(self, sequence: Sequence, num_new_tokens: int) -> None:
+        """Pin the features that the next `num_new_tokens` need; plan to encode what is missing."""
+        needed = list(self._needed(sequence, num_new_tokens))
+        if not needed:
+            return
+        mine = self._pinned_by.setdefault(sequence, [])
+        new = [item for item in needed if not any(item is pinned for pinned in mine)]
+        missing: dict[str, Item] = {}
+        for item in new:  # pin all before making room, so that none of these is what gives way
+            key = item.content_key
+            if key in self._rows:
+                self.num_hits += 1
+                self._rows.move_to_end(key)
+            else:
+                missing.setdefault(key, item)
+            self._num_pins[key] += 1
+        mine += new
+        for key, item in missing.items():
+            rows = item.placeholder.length
+            self._make_room(rows)
+            self._rows[key] = rows
+            self._num_rows += rows
+            self._num_step_rows += rows
+            self._encode.append(item)
+            self.num_encodes += 1
+
+    def end_step(self) -> tuple[tuple[Item, ...], tuple[str, ...]]:
+        """The items to encode in the planned step, and the content keys to drop before."""
+        plan = tuple(self._encode), tuple(self._evict)
+        self._encode, self._evict = [], []
+        return plan
+
+    def release(self, sequence: Sequence) -> None:
+        """Drop all pins of a sequence that is preempted or has left."""
+        self._unpin(sequence, up_to=None)
+
+    def discard(self, keys: Iterable[str]) -> None:
+        """Forget features that may not exist, because the step that should have made them failed.
+
+        Pinned ones stay: whoever pins them went through that step unharmed.
+        """
+        for key in keys:
+            if key in self._rows and key not in self._num_pins:
+                self._drop(key)
+
+    def _needed(self, sequence: Sequence, num_new_tokens: int) -> Iterator[Item]:
+        start = sequence.num_computed_tokens
+        for item in sequence.request.items:
+            if item.placeholder.offset >= start + num_new_tokens:
+                break  # items come in order of offset
+            if item.placeholder.end > start:
+                yield item
+
+    def _make_room(self, rows: int) -> None:
+        for key in [key for key in self._rows if key not in self._num_pins]:
+            if self._num_rows + rows <= self.max_rows:
+                break
+            self._drop(key)
+        assert self._num_rows + rows <= self.max_rows, "take() without cut()"
+
+    def _drop(self, key: str) -> None:
+        self._num_rows -= self._rows.pop(key)
+        self._evict.append(key)
+
+    def _unpin(self, sequence: Sequence, up_to: int | None) -> None:
+        kept: list[Item] = []
+        for item in self._pinned_by.pop(sequence, ()):
+            if up_to is not None and item.placeholder.end > up_to:
+                kept.append(item)
+                continue
+            self._num_pins[item.content_key] -= 1
+            if not self._num_pins[item.content_key]:
+                del self._num_pins[item.content_key]
+        if kept:
+            self._pinned_by[sequence] = kept

@@ -1,0 +1,238 @@
+"""The engine's spine: schedule, run, process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mm_engine.config import EngineConfig
+from mm_engine.engine.detokenizer import Detokenizer, token_text
+from mm_engine.engine.encoder_cache import EncoderCache
+from mm_engine.engine.fault_barrier import FaultBarrier, Runner, explain, needed_keys
+from mm_engine.engine.kv_cache import KVCache
+from mm_engine.engine.scheduler import Scheduler
+from mm_engine.engine.status import EngineInfo, EngineStats
+from mm_engine.errors import RequestError
+from mm_engine.outputs import CompletionOutput, ErrorInfo, Logprob, RequestOutput
+from mm_engine.request import Request
+from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, Sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(slots=True)
+class _Answer:
+    """A request that is being answered, and what is new of the answer since the last step."""
+
+    sequences: list[Sequence]
+    news: list[CompletionOutput] = field(default_factory=list)
+    error: ErrorInfo | None = None
+
+
+class Engine:
+    """Answers requests, step by step. `runner` computes, everything else is decided here.
+
+    `num_blocks` blocks of `config.block_size` tokens are the KV cache. `max_model_len` (tokens)
+    and `max_encoder_rows` are the config's maximum and one step's tokens where not given.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        num_blocks: int,
+        max_model_len: int | None = None,
+        max_encoder_rows: int | None = None,
+    ) -> None:
+        self.runner = FaultBarrier(runner)
+        self.tokenizer = tokenizer
+        self.info: EngineInfo | None = None  # what was loaded; `build_engine` fills it in
+        self.kv_cache = KVCache(num_blocks, config.block_size)
+        max_step_rows = config.max_num_batched_tokens
+        self.encoder_cache = EncoderCache(max_encoder_rows or max_step_rows, max_step_rows)
+        self.scheduler = Scheduler(
+            self.kv_cache,
+            self.encoder_cache,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+        )
+        self.max_model_len = max_model_len or config.max_model_len or self.kv_cache.max_tokens
+        self._answers: dict[str, _Answer] = {}  # by request id, until the last news is taken
+        self._changed: dict[str, _Answer] = {}  # those that have news
+        self._num_prompt_tokens = 0
+        self._num_generation_tokens = 0
+        self._num_steps = 0
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step; returns what is new for each request that has news."""
+        scheduled = self.scheduler.schedule()
+        sampled = self.runner.run(scheduled)
+        return self.process(scheduled, sampled)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a call of `step` would do anything."""
+        return self.scheduler.has_work or bool(self._answers)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: it could never be computed, or its id is that of another in the engine.
+        """
+        params = request.sampling_params
+        num_prompt_tokens = len(request.prompt_token_ids)
+        if request.request_id in self._answers:
+            raise RequestError(
+                f"request_id is in use: {request.request_id}. Choose another.", param="request_id"
+            )
+        if not request.prompt_token_ids:
+            raise RequestError("The prompt is empty. Send at least one token.", param="prompt")
+        if params.max_tokens is None:
+            raise RequestError("max_tokens is not set. Set it.", param="max_tokens")
+        self.scheduler.check(request)
+        if num_prompt_tokens + params.max_tokens > self.max_model_len:
+            raise RequestError(
+                f"Prompt and max_tokens exceed the model's length: {num_prompt_tokens} + "
+                f"{params.max_tokens} of {self.max_model_len} tokens. "
+                "Shorten the prompt or lower max_tokens.",
+                param="max_tokens",
+            )
+        sequences = [Sequence(request, index) for index in range(params.n)]
+        for sequence in sequences:
+            sequence.detokenizer = Detokenizer(self.tokenizer, params)
+            self.scheduler.add(sequence)
+        self._answers[request.request_id] = _Answer(sequences)
+
+    def abort(self, request_id: str, *, notify: bool = True) -> None:
+        """End a request now; unknown and finished ones are none of its business.
+
+        The next step returns a last output with `finish_reason` "abort", unless `notify` is
+        False: the caller has left.
+        """
+        answer = self._answers.get(request_id)
+        if answer is None:
+            return
+        for sequence in answer.sequences:
+            if not sequence.finished:
+                sequence.finish_reason = "abort"
+                self.scheduler.finish(sequence)
+                answer.news.append(CompletionOutput(sequence.index, finish_reason="abort"))
+        if notify:
+            self._changed[request_id] = answer
+        else:
+            self._changed.pop(request_id, None)
+            del self._answers[request_id]
+
+    def process(
+        self, scheduled: ScheduledBatch, sampled: list[SampledToken]
+    ) -> list[RequestOutput]:
+        """Take a step's tokens: append, stop, detokenize."""
+        self._num_steps += bool(scheduled.sequences)
+        for share, token in zip(scheduled.sequences, sampled, strict=True):
+            if token.error is not None:
+                self._distrust(scheduled, share)
+            if share.sequence.finished:
+                continue  # aborted while the step ran, or failed with a sibling
+            if token.error is not None:
+                self._fail(share.sequence.request, token.error)
+                continue
+            samples = share.samples
+            share.sequence.num_computed_tokens = share.end
+            if samples:
+                assert token.token_id is not None
+                try:
+                    self._append(share.sequence, token, token.token_id)
+                except Exception as error:  # a tokenizer may choke on what this model says
+                    self._fail(share.sequence.request, explain(error))
+        return self._take_news()
+
+    def stats(self) -> EngineStats:
+        """Gauges of this moment and counters since the start."""
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_used_blocks=self.kv_cache.num_used_blocks,
+            num_blocks=self.kv_cache.num_blocks,
+            encoder_rows=self.encoder_cache.num_rows,
+            max_encoder_rows=self.encoder_cache.max_rows,
+            num_encoder_hits=self.encoder_cache.num_hits,
+            num_encodes=self.encoder_cache.num_encodes,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generation_tokens=self._num_generation_tokens,
+            num_steps=self._num_steps,
+        )
+
+    def _append(self, sequence: Sequence, token: SampledToken, token_id: int) -> None:
+        params = sequence.request.sampling_params
+        assert params.max_tokens is not None  # add() saw to it
+        if sequence.num_output_tokens == 0:  # its prompt is through; recomputed ones don't count
+            self._num_prompt_tokens += sequence.num_prompt_tokens
+        sequence.token_ids.append(token_id)
+        self._num_generation_tokens += 1
+        new = CompletionOutput(sequence.index, token_ids=[token_id])
+        if params.logprobs is not None:
+            new.logprobs = [self._logprobs(token, token_id)]
+
+        may_stop = sequence.num_output_tokens > params.min_tokens
+        if may_stop and not params.ignore_eos and token_id in sequence.request.eos_token_ids:
+            new.finish_reason = "stop"
+        elif may_stop and token_id in params.stop_token_ids:
+            new.finish_reason, new.stop_reason = "stop", token_id
+        silent = new.finish_reason is not None and not params.include_stop_str_in_output
+        # max_tokens never reaches past max_model_len: add() saw to that too.
+        if new.finish_reason is None and sequence.num_output_tokens >= params.max_tokens:
+            new.finish_reason = "length"
+
+        new.text, stop = sequence.detokenizer.push(
+            None if silent else token_id, last=new.finish_reason is not None, may_stop=may_stop
+        )
+        if stop is not None:
+            new.finish_reason, new.stop_reason = "stop", stop
+        answer = self._answers[sequence.request.request_id]
+        answer.news.append(new)
+        self._changed[sequence.request.request_id] = answer
+        if new.finish_reason is not None:
+            sequence.finish_reason = new.finish_reason
+            self.scheduler.finish(sequence)
+
+    def _logprobs(self, token: SampledToken, token_id: int) -> dict[int, Logprob]:
+        """The chosen token's entry, then the likeliest ones'."""
+        assert token.logprob is not None
+        entries = {
+            token_id: Logprob(token.logprob, token.rank, token_text(self.tokenizer, token_id))
+        }
+        for rank, (other_id, logprob) in enumerate(token.top_logprobs or (), start=1):
+            text = token_text(self.tokenizer, other_id)
+            entries.setdefault(other_id, Logprob(logprob, rank, text))
+        return entries
+
+    def _distrust(self, batch: ScheduledBatch, share: ScheduledSequence) -> None:
+        touched = needed_keys(share)
+        keys = (item.content_key for item in batch.encode)
+        self.scheduler.distrust(key for key in keys if key in touched)
+
+    def _fail(self, request: Request, error: ErrorInfo) -> None:
+        """End a request, with all its sequences."""
+        answer = self._answers[request.request_id]
+        answer.error = error
+        answer.news.clear()
+        self._changed[request.request_id] = answer
+        for sequence in answer.sequences:
+            if not sequence.finished:
+                self.scheduler.finish(sequence)
+
+    def _take_news(self) -> list[RequestOutput]:
+        outputs: list[RequestOutput] = []
+        for request_id, answer in self._changed.items():
+            finished = all(sequence.finished for sequence in answer.sequences)
+            outputs.append(RequestOutput(request_id, answer.news, finished, answer.error))
+            answer.news = []
+            if finished:
+                del self._answers[request_id]
+        self._changed = {}
+        return outputs

@@ -1,0 +1,106 @@
+"""One sequence's fault stays one sequence's fault."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from dataclasses import replace
+from pathlib import PurePath
+from typing import Protocol
+
+from mm_engine.errors import MMEngineError, RequestError
+from mm_engine.outputs import ErrorInfo
+from mm_engine.request import Item
+from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence
+
+logger = logging.getLogger(__name__)
+
+#: A plugin's model may raise anything; only the user's own interrupt is not its fault.
+CAUGHT = (Exception, SystemExit)
+
+
+class Runner(Protocol):
+    """What runs a step on the device.
+
+    A run that raised may be repeated: writes to the cache are idempotent, evicting what is gone
+    and encoding what is there are harmless, and no sequence's sampling state has moved.
+    """
+
+    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+        """Compute one step; one entry for each of `batch.sequences`, in their order."""
+        ...
+
+
+class FaultBarrier:
+    """A runner that never raises: what fails is run again alone, and only that gets an error."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._owed_evictions: tuple[str, ...] = ()  # of batches in which nothing ran
+
+    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+        """Compute one step; a sequence that can't be computed gets an error for its token."""
+        if not batch.sequences:
+            return []
+        batch = replace(batch, evict=self._owed_evictions + batch.evict)
+        self._owed_evictions = batch.evict
+        try:
+            return self._run(batch)
+        except CAUGHT as error:
+            if len(batch.sequences) == 1:
+                return [SampledToken(error=explain(error))]
+            logger.warning(
+                "A step of %d sequences failed: %s. Each is run alone.",
+                len(batch.sequences),
+                type(error).__name__,
+            )
+        return self._run_each_alone(batch)
+
+    def _run(self, batch: ScheduledBatch) -> list[SampledToken]:
+        sampled = self._runner.run(batch)
+        assert len(sampled) == len(batch.sequences)
+        self._owed_evictions = ()
+        return sampled
+
+    def _run_each_alone(self, batch: ScheduledBatch) -> list[SampledToken]:
+        sampled: list[SampledToken] = []
+        for share in batch.sequences:
+            keys = needed_keys(share)
+            encode = tuple(item for item in batch.encode if item.content_key in keys)
+            try:
+                sampled += self._run(ScheduledBatch((share,), encode, self._owed_evictions))
+            except CAUGHT as error:
+                sampled.append(SampledToken(error=explain(error)))
+        return sampled
+
+
+def needed_keys(scheduled: ScheduledSequence) -> set[str]:
+    """Content keys of the items that this share of a step touches."""
+
+    def touched(item: Item) -> bool:
+        return item.placeholder.offset < scheduled.end and item.placeholder.end > scheduled.start
+
+    return {item.content_key for item in scheduled.sequence.request.items if touched(item)}
+
+
+def explain(error: BaseException) -> ErrorInfo:
+    """What the caller is told of an exception; the log is told where it came from.
+
+    Messages and tracebacks of unforeseen exceptions may hold prompts or paths: the caller gets
+    the class only, and the log the traceback only at level debug.
+    """
+    if not isinstance(error, RequestError):
+        logger.error("A sequence failed: %s.", place_of(error))
+        logger.debug("Its traceback:", exc_info=error)
+    if isinstance(error, MMEngineError):
+        return ErrorInfo(type(error).__name__, str(error), getattr(error, "param", None))
+    message = f"internal error: {type(error).__name__}. The engine's log says where."
+    return ErrorInfo("MMEngineError", message)
+
+
+def place_of(error: BaseException) -> str:
+    """The class of an exception, and the file and line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return type(error).__name__
+    return f"{type(error).__name__} at {PurePath(frames[-1].filename).name}:{frames[-1].lineno}"

@@ -1,0 +1,112 @@
+"""What the engine process does: build the engine, then listen, step and send."""
+
+from __future__ import annotations
+
+import logging
+
+import zmq
+
+from mm_engine.engine import wire
+from mm_engine.engine.build import build_engine
+from mm_engine.engine.engine import Engine
+from mm_engine.engine.fault_barrier import explain, place_of
+from mm_engine.errors import MMEngineError
+from mm_engine.outputs import RequestOutput
+from mm_engine.request import Request
+from mm_engine.worker.loader import open_model
+
+logger = logging.getLogger(__name__)
+
+LINGER_MS = 2000  # how long the last message may take to leave
+
+
+class Connection:
+    """The engine's end of the line to the front."""
+
+    def __init__(self, address: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.connect(address)
+
+    def send(self, message: wire.FromEngine) -> None:
+        """Send a message; never blocks."""
+        self._socket.send_multipart(wire.encode(message), copy=False)
+
+    def receive(self, *, wait: bool) -> tuple[wire.ToEngine, Request | None] | None:
+        """The next message and the request in it; without `wait` None if there is none yet."""
+        if not self._socket.poll(None if wait else 0):
+            return None
+        frames = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
+        message = wire.decode_to_engine(frames)
+        if isinstance(message, wire.Start):
+            return message, wire.unpack_request(message.profile_request, frames)
+        if isinstance(message, wire.Add):
+            return message, wire.unpack_request(message.request, frames)
+        return message, None
+
+    def close(self) -> None:
+        """Send what is left, and hang up."""
+        self._socket.close(linger=LINGER_MS)
+        self._context.term()
+
+
+def run(address: str) -> int:
+    """Serve the front that listens at `address` until it says Shutdown; the exit status."""
+    connection = Connection(address)
+    try:
+        engine = _start(connection)
+        if engine is None:
+            return 1
+        _serve(connection, engine)
+        return 0
+    finally:
+        connection.close()
+
+
+def _start(connection: Connection) -> Engine | None:
+    """Build the engine that the first message asks for; None if that failed."""
+    received = connection.receive(wait=True)
+    assert received is not None
+    message, profile_request = received
+    assert isinstance(message, wire.Start) and profile_request is not None
+    try:
+        engine = build_engine(open_model(message.config), message.config, profile_request)
+    except MMEngineError as error:
+        connection.send(wire.Failed(type(error).__name__, str(error)))
+        return None
+    except (Exception, SystemExit) as error:
+        logger.debug("The engine can't start.", exc_info=error)
+        what = f"the engine can't start: {error} ({place_of(error)})."
+        connection.send(wire.Failed("StartupError", f"{what} The log at level debug says more."))
+        return None
+    assert engine.info is not None
+    connection.send(wire.Ready(engine.info))
+    return engine
+
+
+def _serve(connection: Connection, engine: Engine) -> None:
+    """Step while there is work, listening in between; without work, sleep until a message comes."""
+    while True:
+        while (received := connection.receive(wait=not engine.has_work)) is not None:
+            message, request = received
+            if isinstance(message, wire.Shutdown):
+                return
+            if request is not None:
+                _add(connection, engine, request)
+            elif isinstance(message, wire.Abort):
+                engine.abort(message.request_id, notify=False)
+            elif isinstance(message, wire.StatsRequest):
+                connection.send(wire.Stats(engine.stats()))
+        outputs = engine.step()
+        if outputs:
+            connection.send(wire.Outputs(outputs))
+
+
+def _add(connection: Connection, engine: Engine, request: Request) -> None:
+    try:
+        engine.add(request)
+        return
+    except Exception as error:
+        refusal = RequestOutput(request.request_id, finished=True, error=explain(error))
+    connection.send(wire.Outputs([refusal]))

@@ -1,0 +1,39 @@
+"""What the engine says of itself: once at startup (`EngineInfo`), at any time (`EngineStats`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What was loaded and what it can hold."""
+
+    num_blocks: int
+    block_size: int  # tokens
+    kv_cache_tokens: int
+    max_model_len: int  # tokens, prompt and output together
+    dtype: str
+    device: str
+    plugin: str  # name and version of its distribution
+    architecture: str
+    num_parameters: int
+    load_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges of this moment and counters since the start."""
+
+    num_running: int  # sequences
+    num_waiting: int  # sequences
+    num_used_blocks: int
+    num_blocks: int
+    encoder_rows: int  # rows of features kept
+    max_encoder_rows: int
+    num_encoder_hits: int  # items whose features were there already
+    num_encodes: int
+    num_preemptions: int
+    num_prompt_tokens: int  # of prompts computed
+    num_generation_tokens: int
+    num_steps: int

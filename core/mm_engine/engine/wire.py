@@ -1,0 +1,180 @@
+"""What the front and the engine process say to each other: msgpack, tensors as raw buffers.
+
+A message is a list of frames: the first holds the message, the others the bytes of its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from mm_engine.config import EngineConfig
+from mm_engine.engine.status import EngineInfo, EngineStats
+from mm_engine.outputs import RequestOutput
+from mm_engine.request import Item, PlaceholderRange, Request
+from mm_engine.sampling_params import SamplingParams
+
+Frame = bytes | memoryview
+
+
+class PackedTensor(msgspec.Struct, array_like=True):
+    """A tensor whose bytes are in frame number `frame` of the message (the first is 1)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    frame: int
+
+
+class PackedItem(msgspec.Struct, array_like=True):
+    """An `Item`."""
+
+    placeholder: PlaceholderRange
+    content_key: str
+    tensors: dict[str, PackedTensor]
+
+
+class PackedRequest(msgspec.Struct, array_like=True):
+    """A `Request`."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling_params: SamplingParams
+    items: list[PackedItem]
+    eos_token_ids: tuple[int, ...]
+    arrival_time: float
+
+
+class Start(msgspec.Struct, tag=True):
+    """To the engine, first and once: what to load, and the costliest prompt."""
+
+    config: EngineConfig
+    profile_request: PackedRequest
+
+
+class Add(msgspec.Struct, tag=True):
+    """To the engine: answer this."""
+
+    request: PackedRequest
+
+
+class Abort(msgspec.Struct, tag=True):
+    """To the engine: nobody waits for this any more."""
+
+    request_id: str
+
+
+class StatsRequest(msgspec.Struct, tag=True):
+    """To the engine: say how it is."""
+
+
+class Shutdown(msgspec.Struct, tag=True):
+    """To the engine: end."""
+
+
+class Ready(msgspec.Struct, tag=True):
+    """From the engine: it takes requests."""
+
+    info: EngineInfo
+
+
+class Failed(msgspec.Struct, tag=True):
+    """From the engine: it can't start. `name` is a class in `errors.py`."""
+
+    name: str
+    message: str
+
+
+class Outputs(msgspec.Struct, tag=True):
+    """From the engine: what a step brought."""
+
+    outputs: list[RequestOutput]
+
+
+class Stats(msgspec.Struct, tag=True):
+    """From the engine: the answer to `StatsRequest`, in order."""
+
+    stats: EngineStats
+
+
+ToEngine = Start | Add | Abort | StatsRequest | Shutdown
+FromEngine = Ready | Failed | Outputs | Stats
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine, tensors: Sequence[Frame] = ()) -> list[Frame]:
+    """The frames of a message; `tensors` is what `pack_request` filled."""
+    return [_encoder.encode(message), *tensors]
+
+
+def decode_to_engine(frames: Sequence[Any]) -> ToEngine:
+    """Read a message from the front. Its tensors stay in `frames` until `unpack_request`."""
+    return _to_engine.decode(frames[0])
+
+
+def decode_from_engine(frames: Sequence[Any]) -> FromEngine:
+    """Read a message from the engine."""
+    return _from_engine.decode(frames[0])
+
+
+def pack_request(request: Request, tensors: list[Frame]) -> PackedRequest:
+    """Make a request sendable. The bytes of its tensors are appended to `tensors`, not copied."""
+    items = [
+        PackedItem(
+            item.placeholder,
+            item.content_key,
+            {name: _pack_tensor(tensor, tensors) for name, tensor in item.tensors.items()},
+        )
+        for item in request.items
+    ]
+    return PackedRequest(
+        request.request_id,
+        request.prompt_token_ids,
+        request.sampling_params,
+        items,
+        request.eos_token_ids,
+        request.arrival_time,
+    )
+
+
+def unpack_request(packed: PackedRequest, frames: Sequence[Frame]) -> Request:
+    """The request again; its tensors own their memory. `frames` are the whole message's."""
+    items = tuple(
+        Item(
+            item.placeholder,
+            item.content_key,
+            {name: _unpack_tensor(tensor, frames) for name, tensor in item.tensors.items()},
+        )
+        for item in packed.items
+    )
+    return Request(
+        packed.request_id,
+        packed.prompt_token_ids,
+        packed.sampling_params,
+        items,
+        packed.eos_token_ids,
+        packed.arrival_time,
+    )
+
+
+def _pack_tensor(tensor: Tensor, tensors: list[Frame]) -> PackedTensor:
+    # numpy has no bfloat16, and a tensor without dimensions can't be viewed as bytes.
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    tensors.append(flat.view(torch.uint8).numpy().data)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return PackedTensor(dtype, tuple(tensor.shape), len(tensors))
+
+
+def _unpack_tensor(packed: PackedTensor, frames: Sequence[Frame]) -> Tensor:
+    dtype = getattr(torch, packed.dtype)
+    assert isinstance(dtype, torch.dtype)
+    data = bytearray(frames[packed.frame])  # the copy is ours to write to
+    if not data:
+        return torch.empty(packed.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(packed.shape)

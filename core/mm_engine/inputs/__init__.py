@@ -1,0 +1,1 @@
+"""From what a caller sends to token ids, placeholder ranges and tensors."""

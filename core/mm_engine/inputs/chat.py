@@ -1,0 +1,232 @@
+"""From chat messages to token ids. What a user wrote is text, whatever it looks like.
+
+A template turns messages into one string, in which a special token that a user typed looks like
+one of the template's own. So each one in a message's text is marked before rendering; the marks
+come out again, and the ids of marked special tokens are replaced by those of their characters.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from mm_engine.config import ModelContext
+from mm_engine.errors import RequestError, StartupError
+
+OPEN, CLOSE = "\ue000", "\ue001"  # private use: no meaning of their own in any text
+PROBE = "mm engine probe"
+ROLE = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+
+
+def read_template(ctx: ModelContext, given: str | None) -> str | None:
+    """The chat template: `given` (the text, or a path to it), else the checkpoint's own, or None.
+
+    Raises:
+        StartupError: `given` looks like a path and there is no such file.
+    """
+    if given is not None:
+        if "{" in given or "\n" in given:
+            return given
+        try:
+            return Path(given).expanduser().read_text()
+        except OSError as error:
+            raise StartupError(
+                f"chat template can't be read: {given} ({error.strerror}). "
+                "Give a Jinja file's path, or the template itself."
+            ) from error
+    own = ctx.tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if own:
+        return str(own)
+    jinja, legacy = ctx.checkpoint / "chat_template.jinja", ctx.checkpoint / "chat_template.json"
+    if jinja.is_file():
+        return jinja.read_text()
+    if legacy.is_file():
+        return str(json.loads(legacy.read_text())["chat_template"])
+    return None
+
+
+class ChatRenderer:
+    """Renders messages with one template and tokenizes the result."""
+
+    def __init__(self, ctx: ModelContext, template: str | None, image_text: str) -> None:
+        """`image_text` stands for an image where the template takes strings only."""
+        self.tokenizer: Any = ctx.tokenizer
+        # One of its own: transformers keeps split_special_tokens in the tokenizer, and another
+        # thread's image token would be split too.
+        self._splitter: Any = copy.deepcopy(ctx.tokenizer)
+        self.template = template
+        self.image_text = image_text
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special} | {image_text}
+        special |= {t for t in self.tokenizer.all_special_tokens if t}
+        longest_first = sorted((t for t in special if t), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)))
+        self._takes_parts = self._probe()
+
+    def encode(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> tuple[str, tuple[int, ...]]:
+        """The rendered prompt and its ids, each image's placeholder still a single one.
+
+        Content is a string or a list of `{"type": "text", "text": …}` and `{"type": "image"}`.
+
+        Raises:
+            RequestError: no template, malformed messages, or the template refuses them.
+        """
+        if not messages:
+            raise RequestError("messages is empty. Send at least one message.", param="messages")
+        rendered = self._render(
+            [self._message(i, message) for i, message in enumerate(messages)],
+            add_generation_prompt,
+        )
+        text, spans = _unmark(rendered)
+        bos = self.tokenizer.bos_token
+        # As transformers' processors do: a template that writes the BOS token is taken at its word.
+        add_special = not (bos and text.startswith(bos))
+        encoding = self.tokenizer(
+            text, add_special_tokens=add_special, return_offsets_mapping=bool(spans)
+        )
+        if not spans:
+            return text, tuple(encoding["input_ids"])
+        return text, self._as_text(text, spans, encoding)
+
+    def _message(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+        """One message as the template takes it, with special tokens marked."""
+        role, content = message.get("role"), message.get("content")
+        param = f"messages.{index}"
+        if not isinstance(role, str) or not ROLE.fullmatch(role):
+            raise RequestError("role must be a word such as user.", param=f"{param}.role")
+        if isinstance(content, str) or content is None:
+            parts = [{"type": "text", "text": content or ""}]
+        elif isinstance(content, Sequence):
+            parts = [self._part(f"{param}.content.{i}", part) for i, part in enumerate(content)]
+        else:
+            raise RequestError(
+                "content must be a string or a list of parts.", param=f"{param}.content"
+            )
+        for part in parts:
+            if part["type"] == "text":
+                _check_text(part["text"], param)
+                part["text"] = self._special.sub(
+                    lambda found: f"{OPEN}{found[0]}{CLOSE}", part["text"]
+                )
+        if self._takes_parts:
+            return {"role": role, "content": parts}
+        texts = [self.image_text if part["type"] == "image" else part["text"] for part in parts]
+        return {"role": role, "content": "\n".join(texts)}
+
+    @staticmethod
+    def _part(param: str, part: Any) -> dict[str, str]:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            return {"type": "text", "text": part["text"]}
+        if kind == "image":
+            return {"type": "image"}
+        raise RequestError("a content part must be a text or an image.", param=param)
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        if self.template is None:
+            raise RequestError(
+                "this checkpoint has no chat template. "
+                "Start the server with --chat-template, or use /v1/completions.",
+                param="messages",
+            )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            IndexError,
+            AttributeError,
+        ) as error:
+            raise RequestError(
+                f"the chat template refuses these messages: {error}.", param="messages"
+            ) from error
+        return str(rendered)
+
+    def _probe(self) -> bool:
+        """Whether the template takes content parts, images among them; old ones take strings."""
+        if self.template is None:
+            return False
+        parts = [{"type": "image"}, {"type": "text", "text": PROBE}]
+        try:
+            rendered = self._render([{"role": "user", "content": parts}], True)
+        except RequestError:
+            return False
+        return PROBE in rendered and self.image_text in rendered and "'type'" not in rendered
+
+    def _as_text(
+        self, text: str, spans: list[tuple[int, int]], encoding: Mapping[str, Any]
+    ) -> tuple[int, ...]:
+        """The ids, with special tokens inside `spans` replaced by the ids of their characters."""
+        ids: list[int] = []
+        remaining = list(reversed(spans))
+        for token, (start, end) in zip(
+            encoding["input_ids"], encoding["offset_mapping"], strict=True
+        ):
+            while remaining and remaining[-1][1] <= start:
+                remaining.pop()
+            marked = bool(remaining) and start < remaining[-1][1] and remaining[-1][0] < end
+            if marked and self._special.fullmatch(self.tokenizer.convert_ids_to_tokens(token)):
+                first, last = remaining[-1]
+                ids += self._plain(text[first:last])
+            else:
+                ids.append(token)
+        return tuple(ids)
+
+    def _plain(self, text: str) -> list[int]:
+        """Ids of a special token's characters."""
+        ids: list[int] = self._splitter(text, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+        if self.tokenizer.convert_tokens_to_ids(text) not in ids:
+            return ids
+        # Added, but not as a special token: only taking it apart keeps it from being found.
+        pieces = [self.tokenizer(c, add_special_tokens=False)["input_ids"] for c in text]
+        return [token for piece in pieces for token in piece]
+
+
+def _check_text(text: str, param: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "the text holds half of a surrogate pair. Send valid Unicode.", param=param
+        ) from error
+    if OPEN in text or CLOSE in text:
+        raise RequestError(
+            "the text holds a private-use character that is reserved here: U+E000 or U+E001. "
+            "Remove it.",
+            param=param,
+        )
+
+
+def _unmark(rendered: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without marks, and where the marked parts are in it."""
+    spans: list[tuple[int, int]] = []
+    pieces: list[str] = []
+    length = start = 0
+    for piece in re.split(f"([{OPEN}{CLOSE}])", rendered):
+        if piece == OPEN:
+            start = length
+        elif piece == CLOSE:
+            spans.append((start, length))
+        else:
+            pieces.append(piece)
+            length += len(piece)
+    return "".join(pieces), spans

@@ -1,0 +1,244 @@
+"""Prompt and images in, a `Request` out: the hooks are called here, in the front process."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from mm_engine.errors import RequestError, StartupError
+from mm_engine.inputs.chat import ChatRenderer, read_template
+from mm_engine.inputs.hashing import content_key
+from mm_engine.inputs.media import to_rgb
+from mm_engine.plugins.placeholders import placeholder_token_id
+from mm_engine.request import Item, PromptInputs, Request
+from mm_engine.sampling_params import SamplingParams
+from mm_engine.worker.loader import OpenedModel, pick_device
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPrompt:
+    """A prompt that the engine can take: ids with placeholders expanded, items mapped."""
+
+    prompt: str | None  # as rendered, placeholders not expanded
+    prompt_token_ids: tuple[int, ...]
+    items: tuple[Item, ...] = ()
+
+
+class InputPipeline:
+    """Turns prompts into requests for one model. Its calls block; threads may share it."""
+
+    def __init__(self, opened: OpenedModel, *, chat_template: str | None = None) -> None:
+        self.opened = opened
+        self.ctx = opened.ctx
+        self.plugin = opened.plugin
+        self.max_len = opened.ctx.max_model_len  # prompt and output together, tokens
+        self.vocab_size = int(opened.ctx.text_config.vocab_size)
+        self._placeholder = placeholder_token_id(self.ctx)
+        image_text = self.plugin.placeholder_text(self.ctx, "image", 0)
+        self.chat = ChatRenderer(self.ctx, read_template(self.ctx, chat_template), image_text)
+
+    def limit_length(self, num_tokens: int) -> None:
+        """Take no request longer than `num_tokens`: what the KV cache turned out to hold."""
+        self.max_len = min(self.max_len, num_tokens)
+
+    def prepare(self, inputs: PromptInputs) -> PreparedPrompt:
+        """Tokenize, map and expand one prompt.
+
+        Raises:
+            RequestError: the prompt or one of its items is at fault.
+            PluginError: a hook is.
+        """
+        ids = inputs.prompt_token_ids
+        if (ids is None) == (inputs.prompt is None):
+            raise RequestError("give either a prompt or prompt_token_ids.", param="prompt")
+        if ids is None:
+            assert inputs.prompt is not None
+            ids = self._tokenize(inputs.prompt)
+        else:
+            self._check_ids(ids)
+        return self._expand(inputs.prompt, ids, inputs.multi_modal_data)
+
+    def prepare_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> PreparedPrompt:
+        """Render messages whose image parts are `{"type": "image", "image": PIL.Image}`.
+
+        Raises:
+            RequestError: the messages or one of their images are at fault.
+            PluginError: a hook is.
+        """
+        images = [
+            part.get("image")
+            for message in messages
+            if isinstance(message.get("content"), list | tuple)
+            for part in message["content"]
+            if isinstance(part, Mapping) and part.get("type") == "image"
+        ]
+        renderer = self.chat
+        if chat_template is not None:
+            renderer = ChatRenderer(self.ctx, chat_template, self.chat.image_text)
+        text, ids = renderer.encode(messages, add_generation_prompt=add_generation_prompt)
+        return self._expand(text, ids, {"image": tuple(images)} if images else {})
+
+    def request(
+        self, prepared: PreparedPrompt, params: SamplingParams, request_id: str | None = None
+    ) -> Request:
+        """A `Request` with `max_tokens` filled in.
+
+        Raises:
+            RequestError: prompt and answer are longer than the model, or an id is out of range.
+        """
+        num_prompt = len(prepared.prompt_token_ids)
+        if num_prompt >= self.max_len:
+            raise RequestError(
+                f"the prompt is too long: {num_prompt} tokens, images included. "
+                f"At most {self.max_len - 1} leave room for an answer: shorten it.",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        room = self.max_len - num_prompt
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise RequestError(
+                f"max_tokens is too large: {params.max_tokens}. The prompt takes {num_prompt} of "
+                f"{self.max_len} tokens: ask for at most {room}.",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        for param, ids in (
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            for token in ids:
+                if token >= self.vocab_size:
+                    raise RequestError(
+                        f"{param} names a token that the model doesn't have: {token}. "
+                        f"Ids go up to {self.vocab_size - 1}.",
+                        param=param,
+                    )
+        return Request(
+            request_id=request_id or uuid.uuid4().hex,
+            prompt_token_ids=prepared.prompt_token_ids,
+            sampling_params=dataclasses.replace(params, max_tokens=params.max_tokens or room),
+            items=prepared.items,
+            eos_token_ids=self.opened.eos_token_ids,
+        )
+
+    def dummy_request(self) -> Request:
+        """The costliest prompt that one step can hold, by the plugin's dummy data.
+
+        Its items are as many as are allowed and fit. On a CPU it is one item: a step's peak is
+        small beside the weights there, and a full step would take most of the startup.
+
+        Raises:
+            StartupError: not even one item fits the model's length.
+            PluginError: the plugin broke its contract on its own data.
+        """
+        config = self.opened.config
+        most = self.plugin.max_tokens(self.ctx, "image")
+        if most >= self.ctx.max_model_len:
+            raise StartupError(
+                f"an image takes up to {most} tokens, but max_model_len is "
+                f"{self.ctx.max_model_len}. Raise --max-model-len."
+            )
+        limit = self.ctx.limits.get("image", 1)
+        if limit == 0:
+            return self._dummy(16, {})
+        if pick_device(config).type == "cpu":
+            return self._dummy(min(most + 16, self.ctx.max_model_len - 1), {"image": 1})
+        seq_len = min(config.max_num_batched_tokens, self.ctx.max_model_len - 1)
+        return self._dummy(seq_len, {"image": max(1, min(limit, seq_len // most))})
+
+    def _dummy(self, seq_len: int, counts: Mapping[str, int]) -> Request:
+        inputs = self.plugin.dummy_data(self.ctx, seq_len, counts)
+        try:
+            prepared = self.prepare(inputs)
+        except RequestError as error:
+            raise self.plugin.blame("dummy_data", f"its own prompt was refused: {error}") from error
+        if len(prepared.prompt_token_ids) < seq_len:
+            raise self.plugin.blame(
+                "dummy_data",
+                f"expected at least {seq_len} tokens, got {len(prepared.prompt_token_ids)}",
+            )
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        return Request("profile", prepared.prompt_token_ids, params, prepared.items)
+
+    def _tokenize(self, prompt: str) -> tuple[int, ...]:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                "the prompt holds half of a surrogate pair. Send valid Unicode.", param="prompt"
+            ) from error
+        return tuple(self.ctx.tokenizer(prompt)["input_ids"])
+
+    def _check_ids(self, ids: tuple[int, ...]) -> None:
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise RequestError("prompt token ids must be integers.", param="prompt")
+            if not 0 <= token < self.vocab_size and token != self._placeholder:
+                raise RequestError(
+                    f"prompt token id is out of range: {token}. "
+                    f"Ids go from 0 to {self.vocab_size - 1}.",
+                    param="prompt",
+                )
+
+    def _expand(
+        self, prompt: str | None, ids: tuple[int, ...], given: Mapping[str, Sequence[Any]]
+    ) -> PreparedPrompt:
+        if not ids:
+            raise RequestError("the prompt is empty. Send at least one token.", param="prompt")
+        data = {modality: tuple(items) for modality, items in given.items() if items}
+        if not data and self._placeholder not in ids:
+            return PreparedPrompt(prompt, ids)
+        mapped: dict[str, tuple[Any, ...]] = {}
+        keys: dict[str, list[str]] = {}
+        for modality, items in data.items():
+            images = self._check_items(modality, items)
+            mapper = self.plugin.mapper_key(self.ctx, modality)
+            options = (mapper, self.plugin.label, str(self.ctx.checkpoint))
+            keys[modality] = [content_key(modality, image, *options) for image in images]
+            mapped[modality] = tuple(
+                self.plugin.map_item(self.ctx, modality, image) for image in images
+            )
+        inputs = PromptInputs(
+            prompt=prompt, prompt_token_ids=ids, multi_modal_data=data, mapped=mapped
+        )
+        result = self.plugin.process(self.ctx, inputs)
+        assert result.prompt_token_ids is not None  # Plugin.process has checked it
+        placed = tuple(
+            Item(r, keys[r.modality][r.item], mapped[r.modality][r.item])
+            for r in sorted(result.placeholders, key=lambda r: r.offset)
+        )
+        return PreparedPrompt(prompt, tuple(result.prompt_token_ids), placed)
+
+    def _check_items(self, modality: str, items: Sequence[Any]) -> list[Image.Image]:
+        limit = self.ctx.limits.get(modality)
+        if limit is None:
+            raise RequestError(
+                f"modality is not known: {modality}. "
+                f"This model takes {', '.join(self.ctx.limits)}.",
+                param="multi_modal_data",
+            )
+        if len(items) > limit:
+            raise RequestError(
+                f"too many {modality}s: {len(items)}. At most {limit} are allowed "
+                "(--limit-mm-per-prompt).",
+                param="messages",
+            )
+        for item in items:
+            if not isinstance(item, Image.Image):
+                raise RequestError(
+                    f"{modality} is not a PIL image: {type(item).__name__}. "
+                    "Open it with PIL.Image.open.",
+                    param="multi_modal_data",
+                )
+        return [to_rgb(item) for item in items]

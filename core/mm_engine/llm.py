@@ -1,0 +1,212 @@
+"""The engine without a server: prompts in, answers out, in the caller's process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mm_engine.config import EngineConfig
+from mm_engine.engine.build import build_engine
+from mm_engine.errors import RequestError
+from mm_engine.inputs.media import ImageSource, MediaLimits, load_images
+from mm_engine.inputs.pipeline import InputPipeline, PreparedPrompt
+from mm_engine.outputs import RequestOutput
+from mm_engine.plugins.discovery import default_model
+from mm_engine.request import PromptInputs
+from mm_engine.sampling_params import SamplingParams
+from mm_engine.worker.loader import open_model
+
+
+class Prompt(TypedDict, total=False):
+    """A prompt as `LLM.generate` takes it: text or ids, and the items that go with it."""
+
+    prompt: str
+    prompt_token_ids: Sequence[int]
+    multi_modal_data: Mapping[str, Any]  # {"image": a PIL image, or a list of them}
+
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, ready to answer.
+
+    `LLM(model, **options)` takes the fields of `EngineConfig` as keywords (`dtype`,
+    `max_model_len`, `max_num_seqs`, `max_num_batched_tokens`, `block_size`, `kv_cache_memory`, …).
+    Without a model it loads the demo that an installed plugin bundles.
+
+    Raises:
+        StartupError: no such checkpoint, no plugin for it, options that contradict it.
+        PluginError: the plugin broke its contract on its own dummy data.
+    """
+
+    def __init__(
+        self, model: str | None = None, *, chat_template: str | None = None, **options: Any
+    ) -> None:
+        self.config = EngineConfig(model=str(model or default_model()), **options)
+        opened = open_model(self.config)
+        self.pipeline = InputPipeline(opened, chat_template=chat_template)
+        self.engine = build_engine(opened, self.config, self.pipeline.dummy_request())
+        self.pipeline.limit_length(self.engine.kv_cache.max_tokens)
+        self._num_requests = 0
+
+    def generate(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete `prompts`; the answers come in their order.
+
+        `sampling_params` is one for all or one for each. A progress bar shows on a terminal
+        unless `use_tqdm` is False. A request that fails on its way has `error` set.
+
+        Raises:
+            RequestError: a prompt is at fault; none has been run then.
+        """
+        single = isinstance(prompts, str | Mapping)
+        many: Any = [prompts] if single else list(prompts)
+        prepared = [self.pipeline.prepare(_inputs(prompt)) for prompt in many]
+        return self._run(prepared, sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, in OpenAI's form.
+
+        Image parts are `{"type": "image_url", "image_url": {"url": "data:…"}}`, or
+        `{"type": "image", "image": PIL.Image}`.
+
+        Raises:
+            RequestError: a conversation is at fault; none has been run then.
+        """
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if single or not messages else messages
+        prepared = [
+            self.pipeline.prepare_chat(
+                self._with_images(conversation),
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+            )
+            for conversation in conversations
+        ]
+        return self._run(prepared, sampling_params, use_tqdm)
+
+    def _run(
+        self,
+        prepared: Sequence[PreparedPrompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prepared)
+        if len(sampling_params) != len(prepared):
+            raise RequestError(
+                f"sampling_params don't match the prompts: {len(sampling_params)} for "
+                f"{len(prepared)}. Give one, or one for each prompt.",
+                param="sampling_params",
+            )
+        results: dict[str, RequestOutput] = {}
+        requests = []
+        for prompt, params in zip(prepared, sampling_params, strict=True):
+            self._num_requests += 1
+            request = self.pipeline.request(prompt, params, str(self._num_requests))
+            requests.append(request)
+            results[request.request_id] = RequestOutput(
+                request.request_id,
+                prompt=prompt.prompt,
+                prompt_token_ids=list(request.prompt_token_ids),
+            )
+        try:
+            for request in requests:
+                self.engine.add(request)
+            self._drain(results, use_tqdm and self.config.progress)
+        except BaseException:
+            # Ctrl-C, or a request that the engine refuses: leave nothing running behind.
+            for request in requests:
+                self.engine.abort(request.request_id, notify=False)
+            raise
+        return list(results.values())
+
+    def _drain(self, results: dict[str, RequestOutput], progress: bool) -> None:
+        with Progress(
+            TextColumn("{task.description}"),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[rate]}"),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not progress,
+        ) as bar:
+            task = bar.add_task("Answering", total=len(results), rate="")
+            num_tokens = 0
+            while self.engine.has_work:
+                for output in self.engine.step():
+                    results[output.request_id].extend(output)
+                    num_tokens += sum(len(new.token_ids) for new in output.outputs)
+                    if output.finished:
+                        bar.advance(task)
+                elapsed = bar.tasks[0].elapsed or 0.0
+                if elapsed:
+                    bar.update(task, rate=f"{num_tokens / elapsed:.0f} tokens/s")
+
+    def _with_images(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with every image part decoded."""
+        sources = []
+        for i, message in enumerate(messages):
+            for j, part in enumerate(_parts(message)):
+                if isinstance(part, Mapping) and part.get("type") == "image_url":
+                    param = f"messages.{i}.content.{j}.image_url"
+                    url = part.get("image_url")
+                    url = url.get("url") if isinstance(url, Mapping) else url
+                    if not isinstance(url, str):
+                        raise RequestError("image_url must hold a url.", param=param)
+                    sources.append(ImageSource(url, param))
+        limits = MediaLimits(max_images=self.pipeline.ctx.limits.get("image", 0))
+        images = iter(load_images(sources, limits))
+        decoded: list[Message] = []
+        for message in messages:
+            content = message.get("content")
+            if isinstance(content, list | tuple):
+                content = [
+                    {"type": "image", "image": next(images)}
+                    if isinstance(part, Mapping) and part.get("type") == "image_url"
+                    else part
+                    for part in content
+                ]
+            decoded.append({**message, "content": content})
+        return decoded
+
+
+def _parts(message: Message) -> Sequence[Any]:
+    content = message.get("content")
+    return content if isinstance(content, list | tuple) else ()
+
+
+def _inputs(prompt: str | Prompt) -> PromptInputs:
+    if isinstance(prompt, str):
+        return PromptInputs(prompt=prompt)
+    ids = prompt.get("prompt_token_ids")
+    data = {
+        modality: (items,) if isinstance(items, Image.Image) else tuple(items)
+        for modality, items in (prompt.get("multi_modal_data") or {}).items()
+        if items is not None
+    }
+    return PromptInputs(
+        prompt=None if ids is not None else prompt.get("prompt"),
+        prompt_token_ids=None if ids is None else tuple(ids),
+        multi_modal_data=data,
+    )

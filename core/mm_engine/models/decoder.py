@@ -1,0 +1,183 @@
+"""The native decoder: pre-norm blocks of rotary GQA attention and a gated MLP, by config.
+
+`decoder_features.json` lists the config types that it covers, with what their config doesn't say.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any, ClassVar
+
+from mm_engine_kernels import reference
+from torch import Tensor, nn
+
+from mm_engine.attention.backend import Attention
+from mm_engine.attention.metadata import AttentionMetadata
+from mm_engine.config import ModelContext
+from mm_engine.errors import StartupError
+from mm_engine.models.layers import Linear, RMSNorm, RotaryTable
+
+
+class DecoderAttention(nn.Module):
+    """Fused projections, rotary positions, paged attention."""
+
+    def __init__(self, config: Any, *, qkv_bias: bool, out_bias: bool, window: int | None) -> None:
+        super().__init__()
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        dim = head_size(config)
+        self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads, dim
+        self.qkv_proj = Linear(
+            config.hidden_size,
+            {"q_proj": heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim},
+            bias=qkv_bias,
+        )
+        self.o_proj = Linear(heads * dim, config.hidden_size, bias=out_bias)
+        self.attention = Attention(heads, kv_heads, dim, sliding_window=window)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], metadata: AttentionMetadata
+    ) -> Tensor:
+        """`[T, hidden]` to `[T, hidden]`."""
+        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        rotated = reference.rotary(heads[:, : self.num_heads + self.num_kv_heads], *rotary)
+        query, key = rotated.split((self.num_heads, self.num_kv_heads), dim=1)
+        value = heads[:, self.num_heads + self.num_kv_heads :]
+        out: Tensor = self.o_proj(self.attention(query, key, value, metadata).flatten(1))
+        return out
+
+
+class DecoderMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`, gate and up fused."""
+
+    def __init__(self, config: Any, *, bias: bool) -> None:
+        super().__init__()
+        size = config.intermediate_size
+        self.gate_up_proj = Linear(
+            config.hidden_size, {"gate_proj": size, "up_proj": size}, bias=bias
+        )
+        self.down_proj = Linear(size, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T, hidden]` to `[T, hidden]`."""
+        out: Tensor = self.down_proj(reference.silu_mul(self.gate_up_proj(x)))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """One block; the residual stream is handed on beside its norm's input, to fuse the addition."""
+
+    def __init__(self, config: Any, *, qkv_bias: bool, out_bias: bool, window: int | None) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DecoderAttention(
+            config, qkv_bias=qkv_bias, out_bias=out_bias, window=window
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = DecoderMLP(config, bias=getattr(config, "mlp_bias", False))
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the block's addition to the residual stream, and the stream without it."""
+        if residual is None:
+            normed, residual = self.input_layernorm(x), x
+        else:
+            normed, residual = self.input_layernorm.add(x, residual)
+        x = self.self_attn(normed, rotary, metadata)
+        normed, residual = self.post_attention_layernorm.add(x, residual)
+        return self.mlp(normed), residual
+
+
+class Decoder(nn.Module):
+    """A text backbone over the paged cache. Names of parameters are the Hub's.
+
+    Raises:
+        StartupError: the config's activation isn't `silu`.
+    """
+
+    def __init__(self, config: Any, ctx: ModelContext, features: dict[str, Any]) -> None:
+        super().__init__()
+        if config.hidden_act != "silu":
+            raise StartupError(
+                f"activation of the text backbone is not supported: {config.hidden_act}. "
+                "The native decoder computes silu."
+            )
+        attention_bias = bool(getattr(config, "attention_bias", False))
+        qkv_bias = attention_bias or bool(features.get("qkv_bias", False))
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(
+                config, qkv_bias=qkv_bias, out_bias=attention_bias, window=layer_window(config, i)
+            )
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings or ctx.hf_config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size)
+        self.rotary = RotaryTable(config, head_size(config), ctx.max_model_len)
+
+    #: Checkpoint names that differ from the attributes here (`embed_tokens` is a method).
+    weight_aliases: ClassVar[dict[str, str]] = {"embed_tokens": "embedding"}
+
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """`[T]` ids to `[T, hidden]`."""
+        embeddings: Tensor = self.embedding(input_ids)
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attn_metadata: AttentionMetadata,
+        *,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Run one step: `[T]` ids (or `[T, hidden]` embeddings) to normed hidden states."""
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        rotary = self.rotary(positions, x.dtype)
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, rotary, attn_metadata)
+        assert residual is not None
+        return self.norm.add(x, residual)[0]
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """`[N, hidden]` to `[N, vocab]`."""
+        if self.lm_head is None:
+            return reference.linear(hidden, self.embedding.weight)
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+
+def head_size(config: Any) -> int:
+    """Size of one attention head; configs may leave it to follow from the others."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def layer_window(config: Any, layer: int) -> int | None:
+    """Sliding window of one layer in tokens; None attends to everything before."""
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds is not None and kinds[layer] != "sliding_attention"):
+        return None
+    return window
+
+
+def build_decoder(config: Any, ctx: ModelContext) -> Decoder:
+    """The text backbone that `config` (a `text_config`) describes, weights still to be loaded.
+
+    Raises:
+        StartupError: no decoder for this type of config.
+    """
+    table = json.loads(resources.files(__package__).joinpath("decoder_features.json").read_text())
+    if config.model_type not in table:
+        raise StartupError(
+            f"text backbone is not supported: {config.model_type}. "
+            f"The native decoder covers {', '.join(sorted(table))}."
+        )
+    return Decoder(config, ctx, table[config.model_type])

@@ -1,0 +1,112 @@
+"""Layers with the weights that one device step reads: linear (fused and packed), norm, rotary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mm_engine_kernels import reference
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from mm_engine.errors import StartupError
+
+
+class Linear(nn.Module):
+    """A linear layer, possibly several fused into one: `parts` maps each one's name to its rows.
+
+    A checkpoint's `<parent>.<part>.weight` is loaded into that part's rows of `weight`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int | Mapping[str, int], *, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.parts = {} if isinstance(out_features, int) else dict(out_features)
+        rows = out_features if isinstance(out_features, int) else sum(out_features.values())
+        self.weight = nn.Parameter(torch.empty(rows, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
+        self.packed: Tensor | None = None
+
+    def pack(self) -> None:
+        """Lay the weight out for the CPU's bfloat16 instructions, once, after loading.
+
+        The plain weight is given up: memory holds one copy. Does nothing where PyTorch has no
+        such layout (another dtype or device, or a build without oneDNN).
+        """
+        plain = self.weight
+        if plain.dtype != torch.bfloat16 or plain.device.type != "cpu":
+            return
+        if not (
+            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ):
+            return
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(plain.detach(), 1)
+        self.weight = nn.Parameter(torch.empty(0, dtype=plain.dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`."""
+        if self.packed is not None:
+            packed: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self.packed, self.bias, "none", [], ""
+            )
+            return packed
+        return reference.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, alone or after adding to the residual stream."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T, hidden]` to `[T, hidden]`."""
+        return reference.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of `residual + x`, and that sum."""
+        return reference.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class RotaryTable(nn.Module):
+    """Cosines and sines of every position, made once by transformers' formulas for the config.
+
+    Raises:
+        StartupError: the config asks for a scaling that depends on each prompt's own length.
+    """
+
+    def __init__(self, config: Any, head_dim: int, max_len: int) -> None:
+        super().__init__()
+        parameters = config.rope_parameters
+        kind = parameters.get("rope_type", "default")
+        if kind == "default":
+            exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+            inv_freq, scaling = 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+        elif kind in ("linear", "yarn", "llama3"):
+            inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        else:
+            raise StartupError(
+                f"rope scaling of this checkpoint is not supported: {kind}. "
+                "Supported: default, linear, yarn, llama3."
+            )
+        angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq.float())
+        angles = torch.cat((angles, angles), dim=-1)
+        # Not in a state dict: it follows from the config.
+        self.register_buffer("cos", angles.cos() * scaling, persistent=False)
+        self.register_buffer("sin", angles.sin() * scaling, persistent=False)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[T, head_dim]` of `positions` `[T]`."""
+        assert isinstance(self.cos, Tensor) and isinstance(self.sin, Tensor)
+        return self.cos[positions].to(dtype), self.sin[positions].to(dtype)
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Pack every `Linear` of `model` for the device that it is on."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.pack()

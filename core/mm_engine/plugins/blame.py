@@ -1,0 +1,94 @@
+"""Whose fault it was, in one line: distribution, version, hook, place, and what went wrong."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mm_engine.errors import PluginError
+
+T = TypeVar("T")
+
+MAX_CAUSE_LENGTH = 300  # characters of a foreign exception's message that ours repeats
+
+
+def with_time_limit(call: Callable[[], T], seconds: float | None, what: str) -> T:
+    """Return `call()`, or give up on it after `seconds` (None: never).
+
+    A call that hangs can't be stopped: its daemon thread stays, but whoever waited goes on.
+
+    Raises:
+        PluginError: the limit passed; the message starts with `what`.
+    """
+    if seconds is None:
+        return call()
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:  # raised again below, in the caller's thread
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name=f"hook: {what}", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failure:
+        raise failure[0]
+    if not outcome:
+        raise PluginError(f"{what}: took longer than {seconds:g} s.")
+    return outcome[0]
+
+
+def one_line(error: BaseException) -> str:
+    """Return `Type: message`, on one line and shortened."""
+    message = " ".join(str(error).split())
+    if len(message) > MAX_CAUSE_LENGTH:
+        message = message[: MAX_CAUSE_LENGTH - 1] + "…"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def kind_of(value: object) -> str:
+    """Return what `value` is, for a message: `str`, `-3`, `Tensor (float32, [3, 336, 336])`."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is not None and shape is not None:
+        return f"{type(value).__name__} ({str(dtype).removeprefix('torch.')}, {list(shape)})"
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__qualname__}"
+    return type(value).__name__
+
+
+def place_of(function: object, error: BaseException | None = None) -> str:
+    """Return where `function` is written: `mm_foo/plugin.py:42`.
+
+    With an `error` that passed through the function's file, the line is the last one there that
+    it passed. A callable without source of its own (a partial, an object) is named instead.
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    if inspect.ismethod(function) or inspect.isfunction(function):
+        function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        function = function if isinstance(function, type) else type(function)
+        return f"{function.__module__}.{function.__qualname__}"
+    line = code.co_firstlineno
+    step = error.__traceback__ if error is not None else None
+    while step is not None:
+        if step.tb_frame.f_code.co_filename == code.co_filename:
+            line = step.tb_lineno
+        step = step.tb_next
+    return f"{_packaged(Path(code.co_filename), getattr(function, '__module__', ''))}:{line}"
+
+
+def _packaged(path: Path, module: Any) -> str:
+    """Return the file as seen from the folder that its top-level package lies in."""
+    depth = str(module or "").count(".") + 1 + (path.name == "__init__.py")
+    return "/".join(path.parts[-depth:])

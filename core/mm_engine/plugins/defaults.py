@@ -1,0 +1,168 @@
+"""What the engine does where a plugin leaves a hook out: images of one size, the usual way."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from mm_engine.config import ModelContext
+from mm_engine.errors import RequestError, StartupError
+from mm_engine.plugins.blame import one_line
+from mm_engine.plugins.placeholders import expand_placeholders, image_token, placeholder_token_id
+from mm_engine.request import PromptInputs
+
+MAX_RESIZED_PIXELS = 32 * 2**20  # what resizing or padding may blow a small image up to
+FALLBACK_SIZE = 336  # pixels; of the dummy image, for image processors that name no size
+
+
+@functools.lru_cache(maxsize=8)
+def image_processor(checkpoint: Path) -> Any:
+    """Return the checkpoint's own Hugging Face image processor.
+
+    Raises:
+        StartupError: the checkpoint has none, or it needs code from the Hub.
+    """
+    from transformers import AutoImageProcessor  # slow to import; not all plugins need it
+
+    try:
+        return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise StartupError(
+            f"the checkpoint has no usable image processor: {checkpoint} ({one_line(error)}). "
+            "Add its preprocessor_config.json."
+        ) from error
+
+
+def map_image(ctx: ModelContext, image: Image.Image) -> dict[str, Tensor]:
+    """Return what the checkpoint's image processor makes of one RGB image, without batch dim.
+
+    Raises:
+        RequestError: the image's shape is beyond what the processor can handle.
+    """
+    processor = image_processor(ctx.checkpoint)
+    _check_shape(image, processor)
+    try:
+        features = processor(images=image, return_tensors="pt")
+    except ValueError as error:
+        raise RequestError(
+            f"an image can't be processed: {image.width}x{image.height} pixels "
+            f"({one_line(error)}). Send one of a more usual shape.",
+            param="messages",
+        ) from error
+    return {
+        name: value[0]
+        for name, value in features.items()
+        if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == 1
+    }
+
+
+@functools.lru_cache(maxsize=8)
+def mapper_options(checkpoint: Path) -> str:
+    """Return the image processor's class and options as one string, for content keys."""
+    processor = image_processor(checkpoint)
+    cls = type(processor)
+    options = json.dumps(processor.to_dict(), sort_keys=True, default=str)
+    return f"{cls.__module__}.{cls.__qualname__} {options}"
+
+
+def expand_to_max_tokens(
+    ctx: ModelContext, inputs: PromptInputs, max_tokens: Callable[[str], int]
+) -> PromptInputs:
+    """Turn each image's placeholder token into `max_tokens` of them.
+
+    Raises:
+        RequestError: the prompt doesn't have one placeholder for each image.
+        StartupError: the model has items other than images; its plugin must place them.
+    """
+    others = sorted(set(inputs.mapped) - {"image"})
+    if others:
+        raise StartupError(
+            f"input_processor is not implemented, and its default knows images only: {others}. "
+            "Implement it in the plugin."
+        )
+    counts = [max_tokens("image")] * len(inputs.mapped.get("image", ()))
+    return expand_placeholders(inputs, placeholder_token_id(ctx), counts, text=image_token(ctx))
+
+
+def dummy_prompt(
+    ctx: ModelContext, seq_len: int, counts: Mapping[str, int], max_tokens: Callable[[str], int]
+) -> PromptInputs:
+    """Return the largest images that the processor admits, then text up to `seq_len` tokens.
+
+    Images that don't fit in `ctx.max_model_len` together are left out.
+
+    Raises:
+        StartupError: not even one image fits.
+    """
+    wanted = counts.get("image", 0)
+    ids: list[int] = []
+    num_text_tokens = min(seq_len, ctx.max_model_len)
+    if wanted:
+        each = max_tokens("image")
+        num_items = min(wanted, (ctx.max_model_len - 1) // each)
+        if num_items == 0:
+            raise StartupError(
+                f"an image doesn't fit in max_model_len: it takes {each} tokens of "
+                f"{ctx.max_model_len}. Raise --max-model-len, or set --limit-mm-per-prompt image=0."
+            )
+        ids = [placeholder_token_id(ctx)] * num_items
+        num_text_tokens -= num_items * each
+    images = tuple(Image.new("RGB", _largest(ctx)) for _ in ids)
+    ids += [_filler_token(ctx)] * max(1, num_text_tokens)
+    data = {"image": images} if images else {}
+    return PromptInputs(prompt_token_ids=tuple(ids), multi_modal_data=data)
+
+
+def _filler_token(ctx: ModelContext) -> int:
+    special = set(ctx.tokenizer.all_special_ids)
+    ids = ctx.tokenizer.encode("a", add_special_tokens=False)
+    return next((token for token in ids if token not in special), 0)
+
+
+def _largest(ctx: ModelContext) -> tuple[int, int]:
+    """Return width and height of an image that the processor doesn't have to shrink."""
+    processor = image_processor(ctx.checkpoint)
+    sides = _sides(processor, "crop_size") or _sides(processor, "size")
+    height = sides.get("height") or sides.get("max_height") or 0
+    width = sides.get("width") or sides.get("max_width") or 0
+    edge = sides.get("longest_edge") or sides.get("shortest_edge") or FALLBACK_SIZE
+    return (width or height or edge, height or width or edge)
+
+
+def _sides(processor: Any, name: str) -> dict[str, int]:
+    """Return an image processor's size option as a dict, without the entries that are unset."""
+    size = getattr(processor, name, None)
+    if isinstance(size, int):
+        return {"height": size, "width": size}
+    found = {} if size is None else dict(size)
+    return {key: int(value) for key, value in found.items() if value}
+
+
+def _check_shape(image: Image.Image, processor: Any) -> None:
+    """Refuse an image that becomes enormous on its way to the model.
+
+    One is padded to a square or scaled up by its short side: a strip of 2x100000 pixels would
+    take gigabytes.
+    """
+    short, long = sorted(image.size)
+    if short >= 1:
+        if getattr(processor, "do_pad", False):
+            num_pixels, short = long * long, long
+        else:
+            num_pixels = short * long
+        sides = _sides(processor, "size")
+        if "shortest_edge" in sides and "longest_edge" not in sides:
+            num_pixels = max(num_pixels, sides["shortest_edge"] ** 2 * long // short)
+        if num_pixels <= max(MAX_RESIZED_PIXELS, image.width * image.height):
+            return
+    raise RequestError(
+        f"an image is too elongated to be processed: {image.width}x{image.height} pixels. "
+        "Send one of a more usual shape.",
+        param="messages",
+    )

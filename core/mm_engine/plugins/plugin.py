@@ -1,0 +1,238 @@
+"""A loaded plugin: every hook is called here, and what it did wrong is blamed on it here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from mm_engine.config import ModelContext
+from mm_engine.errors import MMEngineError, PluginError
+from mm_engine.plugins import defaults
+from mm_engine.plugins.blame import kind_of, one_line, place_of, with_time_limit
+from mm_engine.plugins.checks import fault_of_mapped, fault_of_processed, fingerprint
+from mm_engine.plugins.hookspecs import Mapper
+from mm_engine.plugins.placeholders import image_token, placeholder_token_id
+from mm_engine.plugins.record import PluginRecord
+from mm_engine.plugins.registration import hook_names, register
+from mm_engine.request import PromptInputs
+
+
+class Plugin:
+    """The hooks of one plugin, for one model in one process.
+
+    Each method calls a hook (or does what the hook's default is) and checks the result. Whatever
+    a plugin raises, SystemExit too, and whatever breaks the contract becomes a `PluginError` that
+    names distribution, version, hook and place. Our own errors pass: with a `RequestError` a
+    plugin says that the user's item is at fault.
+    """
+
+    def __init__(
+        self, record: PluginRecord, module: ModuleType, *, timeout: float | None = None
+    ) -> None:
+        """Check the hooks of `module`; mappers and processors get `timeout` seconds a call.
+
+        Raises:
+            PluginError: the hooks don't fit the hook specifications.
+        """
+        self.record = record
+        self.label = record.label
+        self._timeout = timeout
+        self._manager = register(module, self.label)
+        #: Hook -> its function in the plugin; of a model's method, the method.
+        self._functions: dict[str, Callable[..., Any]] = {
+            name: caller.get_hookimpls()[0].function
+            for name in hook_names()
+            if (caller := getattr(self._manager.hook, name)).get_hookimpls()
+        }
+        self._ctx: ModelContext | None = None
+        self._model_class: type[nn.Module] | None = None
+        self._mappers: dict[str, Mapper] = {}
+        self._max_tokens: dict[str, int] = {}
+        self._placeholder_texts: dict[tuple[str, int], str] = {}
+        self._keys: dict[str, frozenset[str]] = {}
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hooks that the plugin implements; the others have core's defaults."""
+        return tuple(self._functions)
+
+    def blame(self, hook: str, fact: str, error: BaseException | None = None) -> PluginError:
+        """Return the error that says what `hook` (or a method of the model) did wrong, and where.
+
+        `fact` reads `expected …, got …`; with `error`, the place is the line that it came from.
+        """
+        function = self._functions.get(hook) or getattr(self._model_class, hook, None)
+        if hook in hook_names() and hook not in self._functions:
+            return PluginError(self._line(hook, "mm-engine's default", fact))
+        if function is None:
+            return PluginError(f"{self.label} · {hook}: {fact.rstrip('.')}.")
+        return PluginError(self._line(hook, place_of(function, error), fact))
+
+    def model_class(self, ctx: ModelContext) -> type[nn.Module]:
+        """Return the class of the model."""
+        cls = self._call("model_class", ctx=ctx)
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            fact = f"expected a subclass of torch.nn.Module, got {kind_of(cls)}"
+            raise self.blame("model_class", fact)
+        self._model_class = cls
+        return cls
+
+    def max_tokens(self, ctx: ModelContext, modality: str) -> int:
+        """Return the most tokens that one item can take; the hook is asked once."""
+        self._prepare(ctx)
+        if modality not in self._max_tokens:
+            value = self._call("max_tokens", ctx=ctx, modality=modality)
+            if type(value) is not int or value < 1:
+                raise self.blame(
+                    "max_tokens", f"expected an int of at least 1, got {kind_of(value)}"
+                )
+            self._max_tokens[modality] = value
+        return self._max_tokens[modality]
+
+    def mapper_key(self, ctx: ModelContext, modality: str) -> str:
+        """Return a string that differs when the mapper or its options do; part of content keys."""
+        mapper = self._mapper(ctx, modality)
+        if mapper is defaults.map_image:
+            return defaults.mapper_options(ctx.checkpoint)
+        name = getattr(mapper, "__qualname__", type(mapper).__qualname__)
+        return f"{self.label} {name} {place_of(mapper)}"
+
+    def map_item(self, ctx: ModelContext, modality: str, item: Any) -> dict[str, Tensor]:
+        """Return one item's tensors: the keywords of `embed_<modality>s`, without batch dim.
+
+        Raises:
+            RequestError: the item is at fault.
+            PluginError: the mapper is.
+        """
+        mapper = self._mapper(ctx, modality)
+        hook = "register_input_mapper"
+        ours = mapper is defaults.map_image
+        place = "mm-engine's default" if ours else place_of(mapper)
+        tensors = self._guard(hook, mapper, lambda: mapper(ctx, item), self._line(hook, place))
+        fault = fault_of_mapped(tensors)
+        keys = self._keys.setdefault(modality, frozenset(tensors)) if fault is None else None
+        if keys is not None and keys != frozenset(tensors):
+            fault = f"expected the tensors {sorted(keys)} for each item, got {sorted(tensors)}"
+        if fault is not None:
+            raise PluginError(self._line(hook, place, fault))
+        return dict(tensors)
+
+    def process(self, ctx: ModelContext, inputs: PromptInputs) -> PromptInputs:
+        """Return the prompt with each item's placeholder expanded, checked against the contract.
+
+        `inputs` holds ids and mapped tensors.
+
+        Raises:
+            RequestError: the prompt is at fault, as one with too few placeholders.
+            PluginError: the processor is.
+        """
+        hook = "input_processor"
+        before = fingerprint(inputs)
+        # Without items there is nothing to expand: a placeholder left in the text is the
+        # caller's fault, which the default says; the hook is for prompts with items.
+        if hook in self._functions and any(inputs.mapped.values()):
+            result = self._call(hook, limited=True, ctx=ctx, inputs=inputs)
+        else:
+            result = defaults.expand_to_max_tokens(
+                ctx, inputs, lambda modality: self.max_tokens(ctx, modality)
+            )
+        if fingerprint(inputs) != before:
+            raise self.blame(hook, "expected the given inputs unchanged, got them modified")
+        fault = fault_of_processed(inputs, result, lambda modality: self.max_tokens(ctx, modality))
+        if fault is not None:
+            raise self.blame(hook, fault)
+        return result
+
+    def dummy_data(
+        self, ctx: ModelContext, seq_len: int, counts: Mapping[str, int]
+    ) -> PromptInputs:
+        """Return the costliest prompt with `counts` items, raw."""
+        if "dummy_data" not in self._functions:
+            return defaults.dummy_prompt(
+                ctx, seq_len, counts, lambda modality: self.max_tokens(ctx, modality)
+            )
+        inputs = self._call("dummy_data", ctx=ctx, seq_len=seq_len, counts=dict(counts))
+        if not isinstance(inputs, PromptInputs):
+            raise self.blame("dummy_data", f"expected PromptInputs, got {kind_of(inputs)}")
+        if (inputs.prompt is None) == (inputs.prompt_token_ids is None):
+            raise self.blame("dummy_data", "expected either prompt or prompt_token_ids to be set")
+        return inputs
+
+    def placeholder_text(self, ctx: ModelContext, modality: str, index: int) -> str:
+        """Return the text that stands for an item in a prompt."""
+        self._prepare(ctx)
+        if "placeholder_text" not in self._functions:
+            return image_token(ctx)
+        if (modality, index) not in self._placeholder_texts:
+            hook = "placeholder_text"
+            text = self._call(hook, ctx=ctx, modality=modality, index=index)
+            if not isinstance(text, str) or not text:
+                raise self.blame(hook, f"expected a non-empty str, got {kind_of(text)}")
+            if "input_processor" not in self._functions:
+                self._check_placeholder(ctx, text)
+            self._placeholder_texts[modality, index] = text
+        return self._placeholder_texts[modality, index]
+
+    def _check_placeholder(self, ctx: ModelContext, text: str) -> None:
+        """The default processor looks for the image token: the text must hold just one."""
+        ids = ctx.tokenizer.encode(text, add_special_tokens=False)
+        num_found = ids.count(placeholder_token_id(ctx))
+        if num_found != 1:
+            fact = f"expected a text with 1 token {image_token(ctx)}, got {num_found} of it"
+            raise self.blame("placeholder_text", fact)
+
+    def _mapper(self, ctx: ModelContext, modality: str) -> Mapper:
+        self._prepare(ctx)
+        if modality not in self._mappers:
+            fact = f"expected a mapper for modality {modality}, got none"
+            raise self.blame("register_input_mapper", fact)
+        return self._mappers[modality]
+
+    def _prepare(self, ctx: ModelContext) -> None:
+        """Collect the mappers; what was learned about another context is forgotten."""
+        if self._ctx is ctx:
+            return
+        mappers: dict[str, Mapper] = {"image": defaults.map_image}
+
+        def add(modality: str, mapper: Mapper) -> None:
+            if not isinstance(modality, str) or not callable(mapper):
+                got = f"{kind_of(modality)}, {kind_of(mapper)}"
+                fact = f"expected register(str, function), got register({got})"
+                raise self.blame("register_input_mapper", fact)
+            mappers[modality] = mapper
+
+        if "register_input_mapper" in self._functions:
+            self._call("register_input_mapper", ctx=ctx, register=add)
+        self._max_tokens, self._placeholder_texts, self._keys = {}, {}, {}
+        self._mappers, self._ctx = mappers, ctx
+
+    def _call(self, hook: str, *, limited: bool = False, **arguments: Any) -> Any:
+        function = self._functions[hook]
+        caller = getattr(self._manager.hook, hook)
+        what = self._line(hook, place_of(function))
+        return self._guard(hook, function, lambda: caller(**arguments), what, limited=limited)
+
+    def _guard(
+        self,
+        hook: str,
+        function: Callable[..., Any],
+        call: Callable[[], Any],
+        what: str,
+        *,
+        limited: bool = True,
+    ) -> Any:
+        """Return `call()` with every foreign failure turned into a `PluginError`."""
+        try:
+            return with_time_limit(call, self._timeout if limited else None, what)
+        except (MMEngineError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # SystemExit too: a plugin doesn't end the server
+            line = self._line(hook, place_of(function, error), f"raised {one_line(error)}")
+            raise PluginError(line) from error
+
+    def _line(self, hook: str, place: str, fact: str | None = None) -> str:
+        head = f"{self.label} · {hook} ({place})"
+        return head if fact is None else f"{head}: {fact.rstrip('.')}."

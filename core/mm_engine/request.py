@@ -1,0 +1,73 @@
+"""What was asked: a prompt on its way through the hooks, and the immutable request it becomes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mm_engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceholderRange:
+    """Where one item's embeddings go: `length` tokens from `offset` in the prompt's ids."""
+
+    modality: str
+    item: int  # index among the items of this modality, in prompt order
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The first position after the range."""
+        return self.offset + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class PromptInputs:
+    """One prompt as the hooks see it. Frozen: a hook returns a new one (`dataclasses.replace`).
+
+    `dummy_data` returns it raw (text or ids, and items as a user would send them); the
+    `input_processor` gets ids with **one placeholder token per item** and the mapped tensors, and
+    returns ids with every placeholder expanded and `placeholders` filled in.
+    """
+
+    prompt: str | None = None  # raw text; each item's placeholder text stands where it goes
+    prompt_token_ids: tuple[int, ...] | None = None
+    multi_modal_data: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # e.g. PIL images
+    mapped: Mapping[str, tuple[Mapping[str, Tensor], ...]] = field(default_factory=dict)
+    placeholders: tuple[PlaceholderRange, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One item (an image) of a request, mapped to tensors and placed in the prompt.
+
+    `content_key` is the SHA-256 (hex) of the item's content and of all that decides its features.
+    """
+
+    placeholder: PlaceholderRange
+    content_key: str
+    tensors: Mapping[str, Tensor]  # the keywords of the model's `embed_<modality>s`
+
+    @property
+    def modality(self) -> str:
+        """The kind of item: `image`."""
+        return self.placeholder.modality
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked, complete and immutable: the engine needs nothing else to answer it."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]  # placeholders expanded
+    sampling_params: SamplingParams  # max_tokens is set
+    items: tuple[Item, ...] = ()  # in order of offset
+    eos_token_ids: tuple[int, ...] = ()
+    arrival_time: float = field(default_factory=time.time)  # seconds since the epoch

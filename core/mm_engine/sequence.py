@@ -1,0 +1,120 @@
+"""A request's life in the engine (`Sequence`) and one step's plan and result."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from mm_engine.outputs import ErrorInfo
+from mm_engine.request import Item, Request
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence is; a preempted one is waiting again."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One completion of a request: the engine's only mutable state for it.
+
+    Compared by identity. A request with n completions has n sequences.
+    """
+
+    request: Request
+    index: int = 0  # which of the request's n completions
+    token_ids: list[int] = field(init=False)  # prompt, then output
+    num_computed_tokens: int = 0  # how many of token_ids have their keys and values in the cache
+    block_table: list[int] = field(default_factory=list)  # owner: engine/kv_cache.py
+    status: SequenceStatus = SequenceStatus.WAITING  # owner: engine/scheduler.py
+    finish_reason: str | None = None  # owner: engine/engine.py
+    num_preemptions: int = 0
+    detokenizer: Any = None  # owner: engine/detokenizer.py
+    sampler_state: Any = None  # owner: worker/sampler.py
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt, placeholders expanded."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The ids generated so far."""
+        return self.token_ids[len(self.request.prompt_token_ids) :]
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens that the model has yet to see; 1 in decode."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has ended, by whatever cause."""
+        return self.status is SequenceStatus.FINISHED
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """One sequence's share of a step: its next `num_new_tokens` uncomputed tokens."""
+
+    sequence: Sequence
+    num_new_tokens: int
+
+    @property
+    def start(self) -> int:
+        """Position of the first token of this share."""
+        return self.sequence.num_computed_tokens
+
+    @property
+    def end(self) -> int:
+        """Position after the last token of this share."""
+        return self.sequence.num_computed_tokens + self.num_new_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether this share reaches the sequence's last token, so that a next one is sampled."""
+        return self.end == self.sequence.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """The plan of one step: who runs, how many tokens each, and which items are encoded first."""
+
+    sequences: tuple[ScheduledSequence, ...]
+    encode: tuple[Item, ...] = ()  # each content key once; their features go to the encoder cache
+    evict: tuple[str, ...] = ()  # content keys whose features the worker drops before encoding
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in this step over all sequences."""
+        return sum(scheduled.num_new_tokens for scheduled in self.sequences)
+
+
+@dataclass(slots=True)
+class SampledToken:
+    """What a step brought one scheduled sequence: a token, nothing (mid-prefill), or an error."""
+
+    token_id: int | None = None
+    logprob: float | None = None  # of token_id, under the model's own distribution
+    rank: int | None = None  # of token_id; 1 is the likeliest
+    top_logprobs: list[tuple[int, float]] | None = (
+        None  # (token id, log-probability), likeliest first
+    )
+    error: ErrorInfo | None = None  # the request fails with this, its neighbours go on

@@ -1,0 +1,84 @@
+"""The engine's answer to the prompts of one HTTP request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from mm_engine.errors import EngineDead, MMEngineError
+from mm_engine.outputs import RequestOutput
+from mm_engine.request import Request
+
+if TYPE_CHECKING:
+    from mm_engine.engine.client import EngineClient
+
+
+class Answer:
+    """Iterates over `(index of the prompt, what is new)` for all prompts, as it comes.
+
+    An async context manager: the engine works on the requests inside it, and on leaving it those
+    that haven't finished are aborted. If one fails, its error is raised and all are.
+    """
+
+    def __init__(self, client: EngineClient, requests: Sequence[Request]) -> None:
+        self._client = client
+        self._requests = requests
+        self._news: asyncio.Queue[tuple[int, RequestOutput] | int | Exception] = asyncio.Queue()
+        self._readers: list[asyncio.Task[None]] = []
+        self._num_unfinished = len(requests)
+
+    async def __aenter__(self) -> Answer:
+        self._readers = [
+            asyncio.create_task(self._read(index, request))
+            for index, request in enumerate(self._requests)
+        ]
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> tuple[int, RequestOutput]:
+        """What is new.
+
+        Raises:
+            MMEngineError: the engine failed a request, or `fail` was called.
+        """
+        while self._num_unfinished:
+            news = await self._news.get()
+            if isinstance(news, Exception):
+                raise news
+            if isinstance(news, tuple):
+                return news
+            self._num_unfinished -= 1
+        raise StopAsyncIteration
+
+    def fail(self, error: MMEngineError) -> None:
+        """End the answer with an error, whatever the engine still has to say."""
+        self._news.put_nowait(error)
+
+    async def _read(self, index: int, request: Request) -> None:
+        finished = False
+        try:
+            async with contextlib.aclosing(self._client.generate(request)) as outputs:
+                async for output in outputs:
+                    finished = output.finished
+                    self._news.put_nowait((index, output))
+        except Exception as error:  # whatever it is, the request's own task must get to know it
+            self._news.put_nowait(error)
+            return
+        if not finished:
+            self.fail(EngineDead("the engine has stopped. Restart the server."))
+        self._news.put_nowait(index)

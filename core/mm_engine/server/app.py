@@ -1,0 +1,169 @@
+"""The HTTP application: which routes there are, and what stands before them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Response
+from pydantic import BaseModel
+from starlette.middleware import Middleware
+
+from mm_engine.errors import RequestError
+from mm_engine.server.access_log import AccessLog
+from mm_engine.server.chat import open_chat
+from mm_engine.server.completions import open_completion
+from mm_engine.server.errors import ErrorBoundary, add_error_handlers
+from mm_engine.server.exchange import Exchange
+from mm_engine.server.limits import ApiKey, BodyLimit
+from mm_engine.server.protocol import ChatRequest, CompletionRequest
+from mm_engine.server.responses import (
+    ChatCompletion,
+    Completion,
+    ErrorBody,
+    Health,
+    ModelCard,
+    ModelList,
+    Version,
+)
+from mm_engine.server.service import Service
+from mm_engine.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from mm_engine.engine.client import EngineClient
+    from mm_engine.engine.status import EngineStats
+    from mm_engine.inputs.pipeline import InputPipeline
+
+_REFERENCE = "#/components/schemas/{model}"
+STATS_TIMEOUT = 2.0  # seconds that a scrape waits for the engine's numbers
+ROUTES = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/health",
+        "/version",
+        "/metrics",
+        "/openapi.json",
+    }
+)
+
+
+def create_app(client: EngineClient, pipeline: InputPipeline, settings: ServerSettings) -> FastAPI:
+    """The application that serves `client`'s engine; `app.state.service` is its `Service`."""
+    service = Service(client, pipeline, settings)
+    middleware = [
+        Middleware(AccessLog, metrics=service.metrics, routes=ROUTES),
+        Middleware(ErrorBoundary),
+        *([Middleware(ApiKey, key=settings.api_key)] if settings.api_key else []),
+        Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
+    ]
+    app = FastAPI(
+        title="mm-engine",
+        version=metadata.version("mm-engine"),
+        docs_url=None,  # these pages load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=middleware,
+    )
+    app.state.service = service
+    add_error_handlers(app)
+    _add_generation_routes(app, service)
+    _add_information_routes(app, service)
+    _add_body_schemas(app)
+    return app
+
+
+def _add_generation_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", **_described(ChatRequest, ChatCompletion))
+    async def create_chat_completion() -> Response:
+        """Answer a conversation, images included."""
+        return Exchange(service, open_chat)
+
+    @app.post("/v1/completions", **_described(CompletionRequest, Completion))
+    async def create_completion() -> Response:
+        """Continue one or several prompts."""
+        return Exchange(service, open_completion)
+
+
+def _add_information_routes(app: FastAPI, service: Service) -> None:
+    started = int(time.time())
+    key_errors: dict[int | str, dict[str, Any]] = {401: {"model": ErrorBody}}
+
+    def card(name: str) -> ModelCard:
+        return ModelCard(
+            id=name,
+            object="model",
+            created=started,
+            owned_by="mm-engine",
+            root=service.model_name,
+            max_model_len=service.pipeline.max_len,
+        )
+
+    @app.get("/v1/models", responses=key_errors)
+    async def list_models() -> ModelList:
+        """The names under which the model is served."""
+        cards = [card(name) for name in service.settings.served_model_names]
+        return ModelList(object="list", data=cards)
+
+    @app.get("/v1/models/{name:path}", responses={**key_errors, 404: {"model": ErrorBody}})
+    async def retrieve_model(name: str) -> ModelCard:
+        """One of these names."""
+        service.check_model(name)
+        return card(name)
+
+    @app.get("/health", responses={503: {"model": ErrorBody}})
+    async def health() -> Health:
+        """Whether requests are taken: 503 if the engine is gone or the server shuts down."""
+        service.check_ready()
+        return Health(status="ok")
+
+    @app.get("/version", responses=key_errors)
+    async def show_version() -> Version:
+        """The version of mm-engine."""
+        return Version(version=metadata.version("mm-engine"))
+
+    @app.get("/metrics", responses=key_errors, response_class=Response)
+    async def metrics() -> Response:
+        """Metrics in Prometheus' text format."""
+        text = service.metrics.text(await _stats(service))
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+
+async def _stats(service: Service) -> EngineStats | None:
+    if not service.client.alive:
+        return None
+    try:
+        async with asyncio.timeout(STATS_TIMEOUT):
+            return await service.client.stats()
+    except (TimeoutError, RequestError):
+        return None
+
+
+def _described(request: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
+    """How OpenAPI describes a route whose body is read by the route itself."""
+    schema = {"$ref": _REFERENCE.format(model=request.__name__)}
+    return {
+        "response_model": None,
+        "openapi_extra": {
+            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}
+        },
+        "responses": {
+            200: {
+                "model": response,
+                "description": "The answer, or a stream of events",
+                "content": {"text/event-stream": {}},
+            },
+            **{s: {"model": ErrorBody} for s in (400, 401, 404, 408, 413, 429, 500, 503)},
+        },
+    }
+
+
+def _add_body_schemas(app: FastAPI) -> None:
+    """Put the schemas that `_described` refers to into the OpenAPI document."""
+    for shape in (ChatRequest, CompletionRequest):
+        schema = shape.model_json_schema(ref_template=_REFERENCE)
+        schemas = {**schema.pop("$defs", {}), shape.__name__: schema}
+        app.openapi()["components"]["schemas"].update(schemas)  # made once, then kept

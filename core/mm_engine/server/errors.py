@@ -1,0 +1,151 @@
+"""Every error leaves in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from pathlib import PurePath
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mm_engine.errors import MMEngineError, Overloaded, RequestError
+
+logger = logging.getLogger(__name__)
+
+INTERNAL = "internal error. The server's log has the place."
+_UNKNOWN_ROUTE = "no such route. See /openapi.json for those that exist."
+
+
+class ASCIIResponse(JSONResponse):
+    """JSON that can't fail to encode: what a client sent may hold lone surrogates."""
+
+    def render(self, content: Any) -> bytes:
+        """Encode `content`; characters beyond ASCII are escaped."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def error_body(
+    message: str, kind: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """The body of an error in OpenAI's shape."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body for any exception; one that isn't ours is logged and stays unnamed."""
+    if isinstance(error, RequestError):
+        return error.status, error_body(str(error), error.kind, param=error.param, code=error.code)
+    if isinstance(error, MMEngineError):
+        return error.status, error_body(str(error), error.kind)
+    logger.error("internal error: %s", place_of(error))
+    return 500, error_body(INTERNAL, "server_error")
+
+
+def respond(
+    status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> ASCIIResponse:
+    """A response with an error's body; one that leaves a body unread closes the connection."""
+    closing = {"Connection": "close"} if status in (408, 413) else {}
+    return ASCIIResponse(body, status, headers={**closing, **(headers or {})})
+
+
+def error_response(error: Exception) -> ASCIIResponse:
+    """The response for any exception."""
+    status, body = body_of(error)
+    retry = {"Retry-After": str(error.retry_after)} if isinstance(error, Overloaded) else None
+    return respond(status, body, retry)
+
+
+def place_of(error: BaseException) -> str:
+    """Where an exception came from: its class, file and line.
+
+    Its message and traceback may hold prompts, keys or paths, so they are left out.
+    """
+    traceback = error.__traceback__
+    if traceback is None:
+        return type(error).__name__
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    code = traceback.tb_frame.f_code
+    name = PurePath(code.co_filename).name
+    return f"{type(error).__name__} at {name}:{traceback.tb_lineno} in {code.co_name}"
+
+
+def request_error_of(invalid: ValidationError, data: Any) -> RequestError:
+    """The most particular thing that is wrong with a body, with its field, without its value."""
+    errors = invalid.errors(include_url=False, include_input=False)
+    error = max(errors, key=lambda error: len(error["loc"]))  # of equals, the first
+    param = _field(error["loc"], data)
+    message = error["msg"]
+    if error["type"] == "union_tag_invalid":  # its own message repeats the value
+        message = f"Its type should be one of {error['ctx']['expected_tags']}"
+    return RequestError(f"{param or 'the body'}: {message}.", param=param)
+
+
+def _field(location: tuple[int | str, ...], data: Any) -> str | None:
+    """The path of a field as the client knows it: pydantic's has names of union members, too."""
+    parts: list[str] = []
+    for step, part in enumerate(location):
+        known = isinstance(data, dict) and part in data
+        known = known or (isinstance(data, list) and isinstance(part, int) and part < len(data))
+        missing = isinstance(data, dict) and step == len(location) - 1
+        if known or missing:
+            parts.append(str(part)[:40])
+        if known:
+            data = data[part]
+    return ".".join(parts).encode("ascii", "replace").decode("ascii") or None
+
+
+class ErrorBoundary:
+    """Pure ASGI middleware: what a route raises becomes a response, and nothing gets past it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the app; answer what it raises unless a response has started."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched_send)
+        except Exception as error:
+            response = error_response(error)
+            if not started:
+                await response(scope, receive, send)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Give the app's own errors (404, 405, …) and ours OpenAI's shape."""
+
+    async def handle(request: Request, error: Exception) -> ASCIIResponse:
+        return error_response(error)
+
+    async def handle_http(request: Request, error: Exception) -> ASCIIResponse:
+        assert isinstance(error, HTTPException)
+        message = _UNKNOWN_ROUTE if error.status_code == 404 else _phrase(error.status_code)
+        body = error_body(message, "invalid_request_error")
+        return respond(error.status_code, body, error.headers)
+
+    app.add_exception_handler(MMEngineError, handle)
+    app.add_exception_handler(HTTPException, handle_http)
+
+
+def _phrase(status: int) -> str:
+    if status == 405:
+        return "this route takes another method. See /openapi.json."
+    return f"{HTTPStatus(status).phrase.lower()}. See /openapi.json."

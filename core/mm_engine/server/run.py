@@ -1,0 +1,239 @@
+"""From a config to a server that listens, and back: startup, signals, drain, exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from mm_engine.config import EngineConfig
+from mm_engine.errors import StartupError
+from mm_engine.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from mm_engine.engine.client import EngineClient
+    from mm_engine.engine.status import EngineInfo
+    from mm_engine.inputs.pipeline import InputPipeline
+    from mm_engine.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AFTER_DRAIN = 5.0  # seconds for the errors of unfinished answers to be sent
+_WATCH_INTERVAL = 0.25  # seconds between looks at the engine process
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What is being served, for the banner."""
+
+    info: EngineInfo
+    pipeline: InputPipeline
+    settings: ServerSettings
+    url: str
+
+
+class Stopped(BaseException):
+    """A signal asked the process to stop before it served; not an error."""
+
+
+def serve(
+    config: EngineConfig, settings: ServerSettings, on_start: Callable[[Started], None]
+) -> int:
+    """Serve until SIGINT or SIGTERM, then drain. Returns the exit code: 1 if the engine died.
+
+    Call from the main thread. `on_start` is called when requests are taken.
+
+    Raises:
+        StartupError: the port is in use, or the model can't be loaded.
+        PluginError: the plugin broke its contract on its own dummy data.
+    """
+    with (
+        contextlib.suppress(Stopped),
+        _stop_on_signals(),
+        listen(settings.host, settings.port) as listener,  # first: it fails in no time
+    ):
+        from mm_engine.inputs.pipeline import InputPipeline  # after it: slow imports
+        from mm_engine.worker.loader import open_model
+
+        opened = open_model(config)
+        pipeline = InputPipeline(opened, chat_template=settings.chat_template)
+        return asyncio.run(_serve(config, settings, pipeline, listener, on_start))
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, so that nobody else takes the port while the model loads.
+
+    It doesn't listen yet: until the server is ready, connections are refused and don't hang.
+
+    Raises:
+        StartupError: the address isn't ours or in use.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # `localhost` may be both: IPv4 is what clients try in the end, whatever they try first.
+        family, kind, protocol, _, address = min(found, key=lambda a: a[0] != socket.AF_INET)
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartupError(f"can't listen on {host}: {error.strerror}. Check --host.") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise _no_port(host, port, error) from None
+    return listener
+
+
+def _no_port(host: str, port: int, error: OSError) -> StartupError:
+    return StartupError(
+        f"can't listen on {host} port {port}: {(error.strerror or str(error)).lower()}. "
+        "Choose another --port, or stop what uses it."
+    )
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[None]:
+    """Until the event loop takes over, let both signals unwind the stack."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _HTTPServer(uvicorn.Server):
+    """uvicorn's server, with signals left to us: its own handling ends the process by signal."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(
+    config: EngineConfig,
+    settings: ServerSettings,
+    pipeline: InputPipeline,
+    listener: socket.socket,
+    on_start: Callable[[Started], None],
+) -> int:
+    stop = asyncio.Event()
+    server_box: list[_HTTPServer] = []
+
+    def on_signal() -> None:
+        if stop.is_set() and server_box:  # the second time
+            server_box[0].force_exit = True
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, on_signal)
+    client = await _start_engine(config, pipeline, stop)
+    if client is None:
+        return 0
+    try:
+        pipeline.limit_length(client.info.kv_cache_tokens)
+        service, server = _build(client, pipeline, settings)
+        server_box.append(server)
+        host, port = listener.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        started = Started(client.info, pipeline, settings, url)
+        return await _run(service, server, listener, stop, lambda: on_start(started))
+    finally:
+        await client.close()
+
+
+async def _start_engine(
+    config: EngineConfig, pipeline: InputPipeline, stop: asyncio.Event
+) -> EngineClient | None:
+    """Start the engine process; None if a signal came first."""
+    from mm_engine.engine.client import EngineClient
+
+    profile = await asyncio.to_thread(pipeline.dummy_request)
+    starting = asyncio.create_task(EngineClient.start(config, profile))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not starting.done():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return None
+    return await starting
+
+
+def _build(
+    client: EngineClient, pipeline: InputPipeline, settings: ServerSettings
+) -> tuple[Service, _HTTPServer]:
+    from mm_engine.server.app import create_app
+
+    app = create_app(client, pipeline, settings)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.drain_timeout + _AFTER_DRAIN),
+    )
+    service: Service = app.state.service
+    return service, _HTTPServer(config)
+
+
+async def _run(
+    service: Service,
+    server: _HTTPServer,
+    listener: socket.socket,
+    stop: asyncio.Event,
+    on_start: Callable[[], None],
+) -> int:
+    """Serve until told to stop or until the engine dies; returns the exit code."""
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    if serving.done():
+        settings = service.settings
+        try:
+            await serving
+        except OSError as error:  # another server bound the port too, and was first to listen
+            raise _no_port(settings.host, settings.port, error) from None
+        return 0
+    on_start()
+    stopping = asyncio.create_task(stop.wait())
+    dying = asyncio.create_task(_watch(service))
+    await asyncio.wait((stopping, dying, serving), return_when=asyncio.FIRST_COMPLETED)
+    died = dying.done()
+    if not died:
+        logger.info("stopping: no new requests, %d in flight", service.num_prompts)
+    service.drain()
+    deadline = asyncio.get_running_loop().call_later(service.settings.drain_timeout, service.expire)
+    server.should_exit = True
+    await serving
+    deadline.cancel()
+    stopping.cancel()
+    dying.cancel()
+    await asyncio.gather(stopping, dying, return_exceptions=True)
+    return 1 if died else 0
+
+
+async def _watch(service: Service) -> None:
+    """Return some time after the engine has died; until then /health tells of it."""
+    while service.client.alive:
+        await asyncio.sleep(_WATCH_INTERVAL)
+    seconds = service.settings.dead_engine_timeout
+    logger.error("the engine process is gone. This server exits in %g s.", seconds)
+    await asyncio.sleep(seconds)

@@ -1,0 +1,149 @@
+"""What the endpoints share: engine, pipeline, admission, drain."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import anyio
+from anyio import to_thread
+
+from mm_engine.errors import EngineDead, Overloaded, RequestError
+from mm_engine.server.answer import Answer
+from mm_engine.server.metrics import Metrics
+from mm_engine.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from mm_engine.engine.client import EngineClient
+    from mm_engine.inputs.pipeline import InputPipeline
+
+T = TypeVar("T")
+
+
+class Slots:
+    """A share of the queue: one for each prompt of a request, given back when it is left."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.num_prompts = 0
+
+    def take(self, num_prompts: int) -> None:
+        """Have this many in all.
+
+        Raises:
+            RequestError: more than the queue could ever hold.
+            Overloaded: more than it holds now.
+        """
+        limit = self._service.settings.max_queued_requests
+        if num_prompts > limit:
+            raise RequestError(
+                f"too many prompts: {num_prompts}. Send at most {limit} at once.", param="prompt"
+            )
+        if self._service.num_prompts + num_prompts - self.num_prompts > limit:
+            raise Overloaded(f"the queue is full: {limit} prompts. Send the request again later.")
+        self._service.num_prompts += num_prompts - self.num_prompts
+        self.num_prompts = num_prompts
+
+
+class Service:
+    """One engine behind one HTTP server. Used from the event loop's thread only."""
+
+    def __init__(
+        self, client: EngineClient, pipeline: InputPipeline, settings: ServerSettings
+    ) -> None:
+        self.client = client
+        self.pipeline = pipeline
+        self.settings = settings
+        self.metrics = Metrics()
+        self.num_prompts = 0  # admitted and not yet answered
+        self.draining = False
+        max_images = pipeline.ctx.limits.get("image", 0)
+        self.media_limits = dataclasses.replace(settings.media, max_images=max_images)
+        self._expired = False
+        self._answers: set[Answer] = set()
+        self._input_threads = anyio.CapacityLimiter(settings.max_input_threads)
+
+    @property
+    def model_name(self) -> str:
+        """The name that answers carry."""
+        return self.settings.served_model_names[0]
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a request for another model than the one that is served.
+
+        Raises:
+            RequestError: 404, with OpenAI's code.
+        """
+        known = self.settings.served_model_names + self.settings.hidden_model_names
+        if name is not None and name not in known:
+            raise RequestError(
+                "the model is not served here. GET /v1/models lists the one that is.",
+                param="model",
+                status=404,
+                code="model_not_found",
+            )
+
+    def check_ready(self) -> None:
+        """Refuse work that can't be done.
+
+        Raises:
+            EngineDead: the engine process is gone.
+            Overloaded: 503, the server is shutting down.
+        """
+        if not self.client.alive:
+            raise EngineDead("the engine has stopped. Restart the server.")
+        if self.draining:
+            raise self._stopping()
+
+    @contextmanager
+    def admit(self) -> Iterator[Slots]:
+        """Admit one request, as one prompt for now; its share is free again afterwards.
+
+        Raises:
+            EngineDead, Overloaded: it can't be taken.
+        """
+        self.check_ready()
+        slots = Slots(self)
+        slots.take(1)
+        try:
+            yield slots
+        finally:
+            self.num_prompts -= slots.num_prompts
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run blocking input work (decoding, hooks); so many at a time, the others wait."""
+        return await to_thread.run_sync(work, limiter=self._input_threads)
+
+    @contextmanager
+    def answering(self, answer: Answer) -> Iterator[None]:
+        """Let an answer be ended by the drain's deadline while it is used.
+
+        Raises:
+            Overloaded: the deadline has passed already.
+        """
+        if self._expired:
+            raise self._stopping()
+        self._answers.add(answer)
+        try:
+            yield
+        finally:
+            self._answers.discard(answer)
+
+    def drain(self) -> None:
+        """Take no more requests; those that were admitted go on."""
+        self.draining = True
+
+    def expire(self) -> None:
+        """End what is still being answered, each with a proper error."""
+        self.drain()
+        self._expired = True
+        for answer in self._answers:
+            answer.fail(self._stopping())
+
+    @staticmethod
+    def _stopping() -> Overloaded:
+        return Overloaded(
+            "the server is shutting down. Send the request again later.", status=503, retry_after=5
+        )

@@ -1,0 +1,114 @@
+"""Running a plugin's `embed_images` and holding what it returns to the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm_engine.errors import MMEngineError
+from mm_engine.plugins.plugin import Plugin
+from mm_engine.request import Item
+
+
+class Encoder:
+    """Encodes items and keeps their features by content key until the engine says to drop them."""
+
+    def __init__(self, model: Any, plugin: Plugin, hidden_size: int, device: torch.device) -> None:
+        self.model = model
+        self.plugin = plugin
+        self.hidden_size = hidden_size
+        self.device = device
+        self.features: dict[str, Tensor] = {}  # content key -> [num_tokens, hidden]
+        self.num_encoded = 0
+
+    def drop(self, keys: Sequence[str]) -> None:
+        """Forget the features of `keys`."""
+        for key in keys:
+            self.features.pop(key, None)
+
+    def encode(self, items: Sequence[Item]) -> dict[str, MMEngineError]:
+        """Encode `items` and keep their features; returns the errors of those that failed, by key.
+
+        Items go to the plugin together. If that fails each goes alone, so that a bad one fails
+        only the requests that hold it.
+        """
+        todo = [item for item in items if item.content_key not in self.features]
+        if not todo:
+            return {}
+        try:
+            self._encode(todo)
+            return {}
+        except MMEngineError as error:
+            if len(todo) == 1:
+                return {todo[0].content_key: error}
+        errors: dict[str, MMEngineError] = {}
+        for item in todo:
+            try:
+                self._encode([item])
+            except MMEngineError as error:
+                errors[item.content_key] = error
+        return errors
+
+    def _encode(self, items: Sequence[Item]) -> None:
+        method = f"embed_{items[0].modality}s"
+        tensors = {
+            name: batch([item.tensors[name].to(self.device) for item in items])
+            for name in items[0].tensors
+        }
+        try:
+            with torch.inference_mode():
+                features = getattr(self.model, method)(**tensors)
+        except Exception as error:
+            fact = f"raised {type(error).__name__}: {error}"
+            raise self.plugin.blame(method, fact, error) from error
+        if isinstance(features, Tensor):
+            features = list(features) if features.dim() == 3 else features
+        if not isinstance(features, list | tuple) or len(features) != len(items):
+            got = (
+                f"{len(features)} of them" if isinstance(features, list | tuple) else type(features)
+            )
+            raise self.plugin.blame(
+                method, f"expected {len(items)} tensors, one for each image, got {got}"
+            )
+        checked = [
+            self._check(method, item, rows) for item, rows in zip(items, features, strict=True)
+        ]
+        for item, rows in zip(items, checked, strict=True):
+            # A view of the batch's features would keep all of them in memory.
+            self.features[item.content_key] = rows.clone() if len(items) > 1 else rows
+        self.num_encoded += len(items)
+
+    def _check(self, method: str, item: Item, rows: Any) -> Tensor:
+        wanted = [item.placeholder.length, self.hidden_size]
+        what = f"{item.modality} {item.placeholder.item}"
+        if not isinstance(rows, Tensor):
+            raise self.plugin.blame(
+                method, f"expected a tensor for {what}, got {type(rows).__name__}"
+            )
+        if list(rows.shape) != wanted:
+            raise self.plugin.blame(
+                method, f"expected shape {wanted} for {what}, got {list(rows.shape)}"
+            )
+        if not rows.is_floating_point():
+            raise self.plugin.blame(
+                method, f"expected a floating dtype for {what}, got {rows.dtype}"
+            )
+        if rows.device.type != self.device.type:
+            raise self.plugin.blame(
+                method, f"expected device {self.device} for {what}, got {rows.device}"
+            )
+        if not bool(torch.isfinite(rows).all()):
+            raise self.plugin.blame(
+                method, f"expected finite features for {what}, got NaN or infinity"
+            )
+        return rows
+
+
+def batch(tensors: list[Tensor]) -> Tensor | list[Tensor]:
+    """Tensors of one shape stacked `[N, ...]`, unequal ones as the list they are."""
+    if all(tensor.shape == tensors[0].shape for tensor in tensors):
+        return torch.stack(tensors)
+    return tensors

@@ -1,0 +1,173 @@
+"""From a name to a model in memory: checkpoint, plugin, context, weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.initialization import no_init_weights
+
+from mm_engine.config import DEFAULT_LIMITS, EngineConfig, ModelContext
+from mm_engine.errors import MMEngineError, StartupError
+from mm_engine.models import checkpoint
+from mm_engine.models.interfaces import SupportsVision
+from mm_engine.models.layers import pack_linears
+from mm_engine.models.weights import fill_random
+from mm_engine.plugins.discovery import demos, find, load
+from mm_engine.plugins.plugin import Plugin
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A checkpoint and the plugin that serves it; no weights yet. Cheap: each process opens it."""
+
+    config: EngineConfig
+    ctx: ModelContext
+    plugin: Plugin
+    eos_token_ids: tuple[int, ...]
+
+
+def open_model(config: EngineConfig) -> OpenedModel:
+    """Read what `config.model` is and load the plugin that owns its architecture.
+
+    Raises:
+        StartupError: no such checkpoint, no plugin for it, or options that contradict it.
+    """
+    bundled = demos()
+    path = bundled[config.model] if config.model in bundled else checkpoint.locate(config.model)
+    hf_config, architecture = checkpoint.read_config(path)
+    plugin = load(find(architecture, config.plugins), timeout=config.hook_timeout)
+    tokenizer = checkpoint.read_tokenizer(path)
+    ctx = ModelContext(
+        hf_config=hf_config,
+        checkpoint=path,
+        tokenizer=tokenizer,
+        dtype=pick_dtype(config, hf_config),
+        max_model_len=pick_max_model_len(config, hf_config),
+        limits={**DEFAULT_LIMITS, **config.limit_mm_per_prompt},
+        architecture=architecture,
+    )
+    eos = checkpoint.read_eos_token_ids(path, hf_config, tokenizer)
+    return OpenedModel(config, ctx, plugin, eos)
+
+
+def pick_device(config: EngineConfig) -> torch.device:
+    """The device to run on; `auto` takes CUDA where there is one.
+
+    Raises:
+        StartupError: the device asked for isn't there.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise StartupError("device is not available: cuda. Use --device cpu, or check the driver.")
+    if config.device not in ("cpu", "cuda"):
+        raise StartupError(f"device is not known: {config.device}. Use auto, cpu or cuda.")
+    return torch.device(config.device)
+
+
+def pick_dtype(config: EngineConfig, hf_config: Any) -> torch.dtype:
+    """The dtype of weights and cache. `auto` is the checkpoint's; on a CPU bfloat16 for float16,
+    whose instructions few CPUs have.
+
+    Raises:
+        StartupError: the name is none of float32, bfloat16, float16.
+    """
+    if config.dtype != "auto":
+        if config.dtype not in DTYPES:
+            raise StartupError(
+                f"dtype is not known: {config.dtype}. Use auto, {', '.join(DTYPES)}."
+            )
+        return DTYPES[config.dtype]
+    own = hf_config.dtype or getattr(hf_config.get_text_config(), "dtype", None)
+    if own not in DTYPES.values() or (own == torch.float16 and pick_device(config).type == "cpu"):
+        return torch.bfloat16
+    assert isinstance(own, torch.dtype)
+    return own
+
+
+def pick_max_model_len(config: EngineConfig, hf_config: Any) -> int:
+    """The most tokens of one prompt and its answer: the model's, or less if asked for.
+
+    Raises:
+        StartupError: more than the model has positions for, or less than one.
+    """
+    own = int(getattr(hf_config.get_text_config(), "max_position_embeddings", 2048))
+    if config.max_model_len is None:
+        return own
+    if not 1 <= config.max_model_len <= own:
+        raise StartupError(
+            f"max_model_len is out of range: {config.max_model_len}. "
+            f"This checkpoint takes from 1 to {own} tokens."
+        )
+    return config.max_model_len
+
+
+@contextmanager
+def _uninitialised(dtype: torch.dtype) -> Iterator[None]:
+    """Build modules in `dtype` without spending time on weights that are about to be loaded."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights(), torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run, and what loading it was like."""
+
+    model: Any
+    num_parameters: int  # tower included
+    seconds: float
+
+
+def load_model(opened: OpenedModel, device: torch.device) -> LoadedModel:
+    """Build the plugin's model, load (or draw) its weights, move it to `device`.
+
+    Raises:
+        StartupError: weights are missing, corrupt or of other shapes.
+        PluginError: the plugin's class can't be built.
+    """
+    start = time.perf_counter()
+    ctx, plugin, config = opened.ctx, opened.plugin, opened.config
+    model_class = plugin.model_class(ctx)
+    try:
+        with _uninitialised(ctx.dtype):
+            model: Any = model_class(ctx)
+    except MMEngineError:
+        raise
+    except Exception as error:
+        raise plugin.blame(
+            "model_class", f"{model_class.__name__}(ctx) raised {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(model, SupportsVision) or not isinstance(model, nn.Module):
+        raise plugin.blame(
+            "model_class", f"expected an nn.Module with SupportsVision, got {model_class.__name__}"
+        )
+    if config.load_format == "dummy":
+        fill_random(model, config.seed)
+    elif config.load_format == "auto":
+        report = model.load_weights(
+            checkpoint.read_weights(ctx.checkpoint, progress=config.progress)
+        )
+        if report.missing:
+            raise StartupError(
+                f"weights are missing: {ctx.checkpoint} lacks {len(report.missing)} tensors, "
+                f"{report.missing[0]} among them. Fetch the checkpoint again."
+            )
+    else:
+        raise StartupError(f"load format is not known: {config.load_format}. Use auto or dummy.")
+    model = model.to(device).eval()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    pack_linears(model)
+    return LoadedModel(model, num_parameters, time.perf_counter() - start)

@@ -1,0 +1,64 @@
+"""How much memory is left for the KV cache, measured around a run at the peak."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class DeviceMemory:
+    """The device's memory as this process may use it."""
+
+    def __init__(self, device: torch.device, utilization: float) -> None:
+        self.device = device
+        self.utilization = utilization
+        self.peak = 0  # bytes that a step takes beside weights and cache
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Note the peak of what is taken inside over what was taken before."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            yield
+            torch.cuda.synchronize()
+            taken = torch.cuda.max_memory_allocated() - before
+        else:
+            before = psutil.Process().memory_info().rss
+            yield
+            # The kernel keeps only the peak since the start; what loading took then counts too,
+            # which errs on the safe side.
+            taken = max(0, peak_rss() - before)
+        self.peak = max(self.peak, taken)
+
+    def available(self) -> int:
+        """Bytes left for the KV cache: this share of the device's memory, less the peak."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info()
+            return int(free - total * (1 - self.utilization)) - self.peak
+        return int(available_ram() * self.utilization) - self.peak
+
+
+def peak_rss() -> int:
+    """The most resident memory that this process ever had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_ram() -> int:
+    """Bytes of RAM to be had: the machine's, or the container's if that is less."""
+    available = int(psutil.virtual_memory().available)
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        return min(available, max(0, int(text) - int(used.read_text())))
+    return available

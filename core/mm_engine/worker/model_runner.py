@@ -1,0 +1,171 @@
+"""One step on the device: encode, merge by position, forward, sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mm_engine_kernels import reference
+from torch import Tensor
+
+from mm_engine.attention.backend import Attention
+from mm_engine.attention.torch_sdpa import TorchAttention
+from mm_engine.config import EngineConfig
+from mm_engine.errors import MMEngineError, StartupError
+from mm_engine.outputs import ErrorInfo
+from mm_engine.request import Request
+from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence
+from mm_engine.sequence import Sequence as EngineSequence
+from mm_engine.worker.batch import ForwardBatch, build_batch
+from mm_engine.worker.encoder import Encoder
+from mm_engine.worker.loader import OpenedModel, load_model, pick_device
+from mm_engine.worker.memory import DeviceMemory
+from mm_engine.worker.sampler import Sampler
+
+
+class ModelRunner:
+    """Owns the model, the KV cache's tensors and the features; holds no state of any request."""
+
+    def __init__(self, opened: OpenedModel, config: EngineConfig) -> None:
+        self.opened = opened
+        self.device = pick_device(config)
+        self.dtype = opened.ctx.dtype
+        self.block_size = config.block_size
+        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.memory = DeviceMemory(self.device, config.memory_utilization)
+        loaded = load_model(opened, self.device)
+        self.model = loaded.model
+        self.num_parameters, self.load_seconds = loaded.num_parameters, loaded.seconds
+        self.layers = [m for m in self.model.modules() if isinstance(m, Attention)]
+        for index, layer in enumerate(self.layers):
+            layer.layer_index = index
+        if config.attention_backend not in ("auto", TorchAttention.name):
+            raise StartupError(
+                f"attention backend is not known: {config.attention_backend}. Use auto or torch."
+            )
+        self.backend = TorchAttention()
+        hidden_size = int(opened.ctx.text_config.hidden_size)
+        self.encoder = Encoder(self.model, opened.plugin, hidden_size, self.device)
+        self.sampler = Sampler(config.seed)
+        self.kv_caches: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def cache_bytes_per_block(self) -> int:
+        """Bytes that one block of the KV cache takes over all layers."""
+        values = sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.layers)
+        return values * self.block_size * self.dtype.itemsize
+
+    def init_cache(self, num_blocks: int) -> None:
+        """Allocate the KV cache, zeroed: unwritten slots of a block are read, then masked."""
+        self.kv_caches = [
+            (
+                torch.zeros(shape, dtype=self.dtype, device=self.device),
+                torch.zeros(shape, dtype=self.dtype, device=self.device),
+            )
+            for shape in (
+                (num_blocks, self.block_size, layer.num_kv_heads, layer.head_dim)
+                for layer in self.layers
+            )
+        ]
+
+    def available_memory(self) -> int:
+        """Bytes left for the KV cache, after what `profile` saw at the peak."""
+        return self.memory.available()
+
+    def profile(self, requests: Sequence[Request]) -> None:
+        """Run the dummy `requests` whole, to see the peak of memory and check the plugin's counts.
+
+        Raises:
+            PluginError: the plugin's encoder broke its contract on its own dummy data.
+        """
+        for request in requests:
+            # A step never holds more tokens than this; a long dummy is run in such chunks.
+            sequence = EngineSequence(request)
+            num_blocks = -(-sequence.num_tokens // self.block_size)
+            self.init_cache(num_blocks)
+            sequence.block_table = list(range(num_blocks))
+            with self.memory.measured():
+                for item in request.items:
+                    errors = self.encoder.encode([item])
+                    if errors:
+                        raise next(iter(errors.values()))
+                while sequence.num_uncomputed_tokens:
+                    num_new = min(sequence.num_uncomputed_tokens, self.max_num_batched_tokens)
+                    self.run(ScheduledBatch((ScheduledSequence(sequence, num_new),)))
+                    sequence.num_computed_tokens += num_new
+            self.encoder.drop([item.content_key for item in request.items])
+        self.kv_caches = []
+
+    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+        """Run one step; the result is aligned with `batch.sequences`.
+
+        A sequence whose image can't be encoded, or whose logits hold NaN, gets an error; the
+        others run on without it.
+        """
+        with torch.inference_mode():
+            self.encoder.drop(batch.evict)
+            errors = self.encoder.encode(batch.encode) if batch.encode else {}
+            results = [SampledToken() for _ in batch.sequences]
+            running: list[int] = []
+            for i, scheduled in enumerate(batch.sequences):
+                error = self._missing(scheduled, errors)
+                if error is None:
+                    running.append(i)
+                else:
+                    results[i] = SampledToken(error=error)
+            if not running:
+                return results
+            forward = build_batch(
+                [batch.sequences[i] for i in running],
+                self.backend,
+                self.kv_caches,
+                self.block_size,
+                self.device,
+            )
+            hidden = self._forward(forward)
+            if not forward.sampled:
+                return results
+            logits = self.model.compute_logits(hidden[forward.sampled_rows])
+            sequences = [forward.scheduled[i].sequence for i in forward.sampled]
+            for i, token in zip(
+                forward.sampled, self.sampler.sample(logits, sequences), strict=True
+            ):
+                results[running[i]] = token
+                if token.error is not None:
+                    self._clean(forward.scheduled[i].sequence)
+            return results
+
+    def _forward(self, forward: ForwardBatch) -> Tensor:
+        embeds = self.model.embed_tokens(forward.input_ids)
+        if forward.merges:
+            rows = [
+                self.encoder.features[item.content_key][first : first + num]
+                for item, first, _, num in forward.merges
+            ]
+            places = [torch.arange(to, to + num) for _, _, to, num in forward.merges]
+            positions = torch.cat(places).to(self.device)
+            embeds = reference.merge_by_position(embeds, torch.cat(rows), positions)
+        hidden: Tensor = self.model.forward(
+            forward.input_ids, forward.positions, forward.metadata, inputs_embeds=embeds
+        )
+        return hidden
+
+    def _missing(
+        self, scheduled: ScheduledSequence, errors: dict[str, MMEngineError]
+    ) -> ErrorInfo | None:
+        """The error of an item that this share touches and that has no features."""
+        for item in scheduled.sequence.request.items:
+            inside = (
+                item.placeholder.offset < scheduled.end and item.placeholder.end > scheduled.start
+            )
+            if inside and item.content_key in errors:
+                error = errors[item.content_key]
+                return ErrorInfo(type(error).__name__, str(error))
+        return None
+
+    def _clean(self, sequence: EngineSequence) -> None:
+        """Zero the blocks of a sequence whose values may be NaN: masked NaN would still spread."""
+        blocks = torch.tensor(sequence.block_table, device=self.device)
+        for key_cache, value_cache in self.kv_caches:
+            key_cache[blocks] = 0
+            value_cache[blocks] = 0

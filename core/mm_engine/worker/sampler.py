@@ -1,0 +1,196 @@
+"""Choosing each sequence's next token. No row depends on another: not its noise, not its masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mm_engine.outputs import ErrorInfo
+from mm_engine.sampling_params import SamplingParams
+from mm_engine.sequence import SampledToken, Sequence
+
+
+@dataclass(slots=True)
+class SamplerState:
+    """What sampling remembers of one sequence between steps."""
+
+    generator: torch.Generator  # on the CPU: one number a step, the same on every device
+    prompt_mask: Tensor | None = None  # [vocab] bool: ids that occur in the prompt
+    output_counts: Tensor | None = None  # [vocab] float: how often each id was generated
+    num_counted: int = 0  # output tokens that output_counts holds
+
+
+class Sampler:
+    """Greedy and random sampling over a batch of rows, with each request's own parameters."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.num_unseeded = 0
+
+    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> list[SampledToken]:
+        """One token for each row of `logits` `[N, vocab]`; `sequences[i]` owns row i.
+
+        A row with NaN fails its own sequence. Log-probabilities are the model's, before
+        penalties, temperature and cuts.
+        """
+        logits = logits.float()
+        broken = logits.isnan().any(-1)
+        any_broken = bool(broken.any())
+        if any_broken:
+            logits = logits.masked_fill(broken[:, None], 0.0)
+        params = [sequence.request.sampling_params for sequence in sequences]
+        wants_logprobs = [i for i, p in enumerate(params) if p.logprobs is not None]
+        raw = logits.log_softmax(-1) if wants_logprobs else None
+        adjusted = self._adjust(logits, sequences)
+        chosen = adjusted.argmax(-1)
+        random = [i for i, p in enumerate(params) if not p.greedy]
+        if random:
+            rows = torch.tensor(random, device=logits.device)
+            picked = self._draw(adjusted[rows], [sequences[i] for i in random])
+            chosen = chosen.index_copy(0, rows, picked)
+        sampled = [SampledToken(token_id=token) for token in chosen.tolist()]
+        if raw is not None:
+            self._report(raw, chosen, wants_logprobs, params, sampled)
+        if any_broken:
+            error = ErrorInfo("PluginError", "the model's logits hold NaN for this request.")
+            for i in broken.nonzero().flatten().tolist():
+                sampled[i] = SampledToken(error=error)
+        return sampled
+
+    def _state(self, sequence: Sequence) -> SamplerState:
+        if sequence.sampler_state is None:
+            seed = sequence.request.sampling_params.seed
+            if seed is None:
+                self.num_unseeded += 1
+                seed = (self.seed * 0x9E3779B97F4A7C15 + self.num_unseeded) % 2**63
+            generator = torch.Generator().manual_seed(seed + sequence.index)
+            sequence.sampler_state = SamplerState(generator)
+        state: SamplerState = sequence.sampler_state
+        return state
+
+    def _adjust(self, logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+        """Apply logit_bias, min_tokens and penalties to the rows that ask for them."""
+        adjusted = logits
+        for i, sequence in enumerate(sequences):
+            p = sequence.request.sampling_params
+            penalised = (
+                p.repetition_penalty != 1.0 or p.presence_penalty != 0 or p.frequency_penalty != 0
+            )
+            too_short = sequence.num_output_tokens < p.min_tokens
+            if not (penalised or too_short or p.logit_bias):
+                continue
+            if adjusted is logits:
+                adjusted = logits.clone()
+            row = adjusted[i]
+            if penalised:
+                self._penalise(row, sequence, p)
+            if p.logit_bias:
+                ids = torch.tensor(list(p.logit_bias), device=row.device)
+                row[ids] += torch.tensor(list(p.logit_bias.values()), device=row.device)
+            if too_short:
+                ends = [*p.stop_token_ids, *sequence.request.eos_token_ids]
+                row[[token for token in ends if token < row.shape[0]]] = float("-inf")
+        return adjusted
+
+    def _penalise(self, row: Tensor, sequence: Sequence, p: SamplingParams) -> None:
+        """OpenAI's presence and frequency penalties over the output; CTRL's repetition penalty
+        (arXiv:1909.05858, as in transformers) over prompt and output. In place."""
+        state = self._state(sequence)
+        if state.output_counts is None or state.prompt_mask is None:
+            state.output_counts = torch.zeros_like(row)
+            state.prompt_mask = torch.zeros_like(row, dtype=torch.bool)
+            prompt = torch.tensor(sequence.request.prompt_token_ids, device=row.device)
+            state.prompt_mask[prompt[prompt < row.shape[0]]] = True
+        new = sequence.output_token_ids[state.num_counted :]
+        state.num_counted += len(new)
+        ids = torch.tensor(new, dtype=torch.int64, device=row.device)
+        state.output_counts.index_add_(0, ids, torch.ones_like(ids, dtype=row.dtype))
+        seen = state.output_counts > 0
+        repeated = seen | state.prompt_mask
+        scaled = torch.where(row > 0, row / p.repetition_penalty, row * p.repetition_penalty)
+        row.copy_(torch.where(repeated, scaled, row))
+        row -= p.frequency_penalty * state.output_counts + p.presence_penalty * seen
+
+    def _draw(self, logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+        """Draw one token for each row by inverting its cumulative distribution."""
+        params = [sequence.request.sampling_params for sequence in sequences]
+        device = logits.device
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, device=device, dtype=torch.float32)[:, None]
+
+        logits = logits / column([p.temperature for p in params])
+        probs = logits.softmax(-1)
+        if any(p.top_k > 0 or p.top_p < 1.0 for p in params):
+            probs = cut_top(
+                probs,
+                torch.tensor(
+                    [p.top_k if p.top_k > 0 else logits.shape[1] for p in params], device=device
+                ),
+                column([p.top_p for p in params]),
+            )
+        if any(p.min_p > 0 for p in params):
+            floor = probs.amax(-1, keepdim=True) * column([p.min_p for p in params])
+            probs = probs.masked_fill(probs < floor, 0.0)
+        # float64: over a large vocabulary float32 sums lose the tail.
+        cumulative = probs.double().cumsum(-1)
+        uniform = torch.stack(
+            [
+                torch.rand(1, generator=self._state(s).generator, dtype=torch.float64)
+                for s in sequences
+            ]
+        ).to(device)
+        # `right`: the first id whose cumulative probability exceeds the draw, never one of zero.
+        index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        last = (probs > 0).double().cumsum(-1).argmax(-1, keepdim=True)  # the last id not cut
+        return torch.minimum(index, last).squeeze(1)
+
+    def _report(
+        self,
+        raw: Tensor,
+        chosen: Tensor,
+        wanted: list[int],
+        params: list[SamplingParams],
+        sampled: list[SampledToken],
+    ) -> None:
+        """Fill in log-probabilities of the rows in `wanted`."""
+        rows = raw[torch.tensor(wanted, device=raw.device)]
+        tokens = chosen[torch.tensor(wanted, device=raw.device)][:, None]
+        own = rows.gather(1, tokens)
+        ranks = ((rows > own).sum(-1) + 1).tolist()
+        width = min(max(params[i].logprobs or 0 for i in wanted), raw.shape[1])
+        top = rows.topk(width, dim=-1) if width else None
+        for position, i in enumerate(wanted):
+            num = min(params[i].logprobs or 0, width)
+            sampled[i].logprob = float(own[position])
+            sampled[i].rank = ranks[position]
+            sampled[i].top_logprobs = (
+                list(
+                    zip(
+                        top.indices[position, :num].tolist(),
+                        top.values[position, :num].tolist(),
+                        strict=True,
+                    )
+                )
+                if top is not None
+                else []
+            )
+
+
+def cut_top(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Zero all but each row's `top_k` `[N]` likeliest, then all past mass `top_p` `[N, 1]` of them.
+
+    The token that reaches the mass stays (nucleus sampling, arXiv:1904.09751); ties go to the
+    lower id.
+    """
+    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(probs.shape[1], device=probs.device)
+    ordered = ordered.masked_fill(ranks >= top_k[:, None], 0.0)
+    mass = ordered.cumsum(-1)
+    # Mass before a token, as a share of what top_k left; the first token always stays.
+    before = (mass - ordered) / mass[:, -1:]
+    ordered = ordered.masked_fill((before >= top_p) & (ranks > 0), 0.0)
+    return torch.zeros_like(probs).scatter_(1, ids, ordered)

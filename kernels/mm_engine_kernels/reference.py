@@ -1,0 +1,89 @@
+"""The plain PyTorch meaning of every kernel. Faster ones are held to these, and nothing else is.
+
+Shapes: T tokens of one step over all sequences, S sequences, H query heads, K key/value heads,
+D head size. A KV cache is `[num_blocks, block_size, K, D]`; slot = block * block_size + offset.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`: `[..., in]` by `[out, in]` to `[..., out]`."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, computed in float32 (arXiv:1910.07467)."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`residual + x`, and its norm: returns (normed, new residual)."""
+    residual = residual + x
+    return rms_norm(residual, weight, eps), residual
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `[T, heads, D]` by `cos` and `sin` `[T, D]` (halves, not pairs: arXiv:2104.09864)."""
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return x * cos.unsqueeze(1) + rotated * sin.unsqueeze(1)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` of `[..., 2 * intermediate]` to `[..., intermediate]`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def write_kv(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Store `[T, K, D]` keys and values at `slot_mapping` `[T]`, in place."""
+    key_cache.flatten(0, 1).index_copy_(0, slot_mapping, key)
+    value_cache.flatten(0, 1).index_copy_(0, slot_mapping, value)
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_lens: list[int],
+    context_lens: list[int],
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Causal attention of `query` `[T, H, D]` over each sequence's own blocks; returns `[T, H, D]`.
+
+    Sequence s owns `query_lens[s]` consecutive rows, the last of its `context_lens[s]` tokens,
+    whose keys and values lie in the blocks of `block_tables[s]`. With a sliding window of w a
+    token sees itself and the w - 1 before it.
+    """
+    out = torch.empty_like(query)
+    groups = query.shape[1] // key_cache.shape[2]
+    start = 0
+    for blocks, num_new, length in zip(block_tables, query_lens, context_lens, strict=True):
+        keys = key_cache[blocks].flatten(0, 1)[:length].repeat_interleave(groups, dim=1).float()
+        values = value_cache[blocks].flatten(0, 1)[:length].repeat_interleave(groups, dim=1).float()
+        rows = query[start : start + num_new].float()
+        scores = torch.einsum("thd,lhd->htl", rows, keys) * scale
+        query_pos = torch.arange(length - num_new, length, device=query.device)[:, None]
+        key_pos = torch.arange(length, device=query.device)[None, :]
+        hidden = key_pos > query_pos
+        if sliding_window is not None:
+            hidden |= key_pos <= query_pos - sliding_window
+        probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        out[start : start + num_new] = torch.einsum("htl,lhd->thd", probs, values).to(query.dtype)
+        start += num_new
+    return out
+
+
+def merge_by_position(embeddings: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """Put `rows` `[N, hidden]` at `positions` `[N]` of `embeddings` `[T, hidden]`, in place."""
+    return embeddings.index_copy_(0, positions, rows.to(embeddings.dtype))

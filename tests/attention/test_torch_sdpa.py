@@ -1,0 +1,235 @@
+"""The PyTorch backend gives what the plain meaning of paged attention gives, in few calls."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mm_engine_kernels import reference
+from torch import Tensor
+
+from mm_engine.attention import torch_sdpa
+from mm_engine.attention.backend import Attention
+from mm_engine.attention.metadata import AttentionMetadata
+from mm_engine.attention.torch_sdpa import CALL_COST, MAX_PADDING, TorchAttention, cut_groups
+
+GARBAGE = 3e4  # finite, and far larger than any score
+
+#: (new tokens, tokens in all) of each sequence in a step.
+MIXES: dict[str, list[tuple[int, int]]] = {
+    "one-decode": [(1, 9)],
+    "one-token": [(1, 1)],
+    "decodes": [(1, 30), (1, 31), (1, 2), (1, 17)],
+    "fresh-prompt": [(13, 13)],
+    "fresh-prompts": [(13, 13), (13, 13), (4, 4), (1, 1)],
+    "chunk": [(5, 40)],
+    "chunks": [(5, 40), (7, 40), (2, 3)],
+    "all-kinds": [(1, 25), (6, 6), (9, 33), (1, 1), (1, 60), (20, 20), (3, 35)],
+}
+HEADS = [(4, 4), (4, 2), (7, 1), (14, 2)]  # query and key heads: ratios 1, 2, 7
+WINDOWS = [None, 1, 4, 24, 1000]
+
+
+@dataclass
+class Step:
+    """A step's tensors: history in the cache, garbage in every slot that nothing was written to."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    metadata: AttentionMetadata
+    layer: Attention
+
+    def run(self) -> Tensor:
+        return TorchAttention().attend(self.query, self.key, self.value, self.layer, self.metadata)
+
+    def expected(self) -> Tensor:
+        meta, layer = self.metadata, self.layer
+        keys, values = (cache.clone() for cache in meta.kv_caches[layer.layer_index])
+        reference.write_kv(self.key, self.value, keys, values, meta.slot_mapping)
+        return reference.paged_attention(
+            self.query,
+            keys,
+            values,
+            meta.block_tables,
+            meta.query_lens,
+            meta.context_lens,
+            layer.scale,
+            layer.sliding_window,
+        )
+
+
+def make_step(
+    mix: list[tuple[int, int]],
+    *,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 24,
+    block_size: int = 16,
+    window: int | None = None,
+    seed: int = 0,
+    garbage: float = GARBAGE,
+) -> Step:
+    """Lay `mix` out over blocks in random order, as the worker does."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    lens = [total for _, total in mix]
+    needed = [-(-total // block_size) for total in lens]
+    blocks = list(range(sum(needed) + 3))  # three are nobody's
+    rng.shuffle(blocks)
+    tables = [[blocks.pop() for _ in range(num)] for num in needed]
+    width = max(needed)
+    shape = (sum(needed) + 3, block_size, num_kv_heads, head_dim)
+    caches = (torch.full(shape, garbage), torch.full(shape, -garbage))
+    slots: list[int] = []
+    for table, (new, total) in zip(tables, mix, strict=True):
+        own = [table[i // block_size] * block_size + i % block_size for i in range(total)]
+        history = torch.tensor(own[: total - new], dtype=torch.int64)
+        for cache in caches:
+            cache.flatten(0, 1)[history] = noise(total - new, num_kv_heads, head_dim)
+        slots += own[total - new :]
+    num_tokens = len(slots)
+    # Query, key and value are slices of one fused projection, as in the decoder.
+    fused = noise(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
+    query, key, value = fused.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    layer = Attention(num_heads, num_kv_heads, head_dim, sliding_window=window)
+    layer.layer_index = 1  # the first layer's cache must stay as it is
+    metadata = AttentionMetadata(
+        backend=TorchAttention(),
+        kv_caches=[(torch.zeros(shape), torch.zeros(shape)), caches],
+        slot_mapping=torch.tensor(slots),
+        block_tables=torch.tensor([t + t[:1] * (width - len(t)) for t in tables]),
+        query_lens=[new for new, _ in mix],
+        context_lens=lens,
+    )
+    return Step(query, key, value, metadata, layer)
+
+
+def assert_meets_reference(step: Step) -> None:
+    expected = step.expected()
+    got = step.run()
+    assert got.shape == step.query.shape
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
+    assert not step.metadata.kv_caches[0][0].any()
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("window", WINDOWS, ids=lambda w: f"window{w}")
+def test_every_mix_and_window(mix: list[tuple[int, int]], window: int | None) -> None:
+    assert_meets_reference(make_step(mix, window=window, block_size=16))
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=lambda h: f"{h[0]}x{h[1]}")
+@pytest.mark.parametrize("head_dim", [24, 60, 63, 64, 128], ids=lambda d: f"d{d}")
+def test_every_head_size_and_ratio(heads: tuple[int, int], head_dim: int) -> None:
+    for window in (None, 7):
+        step = make_step(MIXES["all-kinds"], heads=heads, head_dim=head_dim, window=window)
+        assert_meets_reference(step)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+def test_every_block_size(mix: list[tuple[int, int]], block_size: int) -> None:
+    assert_meets_reference(make_step(mix, block_size=block_size, seed=block_size))
+
+
+mixes = st.lists(
+    st.tuples(st.integers(1, 20), st.integers(0, 70)).map(lambda t: (t[0], t[0] + t[1])),
+    min_size=1,
+    max_size=10,
+)
+decodes = st.lists(st.integers(1, 90).map(lambda total: (1, total)), min_size=1, max_size=12)
+
+
+@settings(max_examples=60)
+@given(
+    mix=st.one_of(mixes, decodes, st.builds(lambda a, b: a + b, mixes, decodes)),
+    window=st.one_of(st.none(), st.integers(1, 100)),
+    block_size=st.integers(1, 17),
+    call_cost=st.sampled_from([0, 64, CALL_COST]),  # 0: many groups; the real one: few
+    seed=st.integers(0, 10),
+)
+def test_random_mixes(
+    mix: list[tuple[int, int]], window: int | None, block_size: int, call_cost: int, seed: int
+) -> None:
+    step = make_step(mix, window=window, block_size=block_size, seed=seed, head_dim=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_sdpa, "CALL_COST", call_cost)
+        assert_meets_reference(step)
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+def test_what_lies_in_unwritten_slots_does_not_matter(mix: list[tuple[int, int]]) -> None:
+    for window in (None, 5):
+        clean = make_step(mix, window=window, garbage=0.0).run()
+        assert torch.equal(clean, make_step(mix, window=window, garbage=GARBAGE).run())
+
+
+def test_layers_of_a_step_may_differ_in_window() -> None:
+    step = make_step(MIXES["all-kinds"], window=6)
+    assert_meets_reference(step)
+    step.layer.sliding_window = None  # the plan is shared, the mask must not be
+    assert_meets_reference(step)
+
+
+def test_bfloat16_stays_near_the_reference() -> None:
+    step = make_step(MIXES["all-kinds"], garbage=100.0)
+    meta = step.metadata
+    step.query, step.key, step.value = (t.bfloat16() for t in (step.query, step.key, step.value))
+    meta.kv_caches = [(keys.bfloat16(), values.bfloat16()) for keys, values in meta.kv_caches]
+    torch.testing.assert_close(step.run(), step.expected(), rtol=2e-2, atol=2e-2)
+
+
+def count_calls(step: Step, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often one layer calls PyTorch's attention."""
+    real, num_calls = torch_sdpa.scaled_dot_product_attention, 0
+
+    def counting(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch_sdpa, "scaled_dot_product_attention", counting)
+    step.run()
+    return num_calls
+
+
+def test_decodes_of_similar_length_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make_step([(1, 400 + 3 * i) for i in range(32)], head_dim=8)
+    assert count_calls(step, monkeypatch) == 1
+
+
+def test_decodes_beside_a_prompt_are_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make_step([(1, 300 + i) for i in range(16)] + [(200, 200)], head_dim=8)
+    assert count_calls(step, monkeypatch) == 2
+
+
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(1, 300), st.integers(0, 2000)).map(lambda t: (t[0], t[0] + t[1])),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_groups_hold_each_sequence_once_and_pad_little(shapes: list[tuple[int, int]]) -> None:
+    query_lens, context_lens = [q for q, _ in shapes], [c for _, c in shapes]
+    groups = cut_groups(query_lens, context_lens)
+    assert sorted(i for group in groups for i in group) == list(range(len(shapes)))
+    for group in groups:
+        real = sum(query_lens[i] * context_lens[i] for i in group)
+        widest, longest = max(query_lens[i] for i in group), max(context_lens[i] for i in group)
+        padded = len(group) * widest * longest
+        assert padded == real or padded <= MAX_PADDING * real + CALL_COST
+
+
+def test_no_group_is_cut_where_padding_costs_less_than_a_call() -> None:
+    assert len(cut_groups([1] * 20, list(range(1, 21)))) == 1
+    assert len(cut_groups([1, 1], [10, 100_000])) == 2

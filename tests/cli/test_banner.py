@@ -1,0 +1,72 @@
+"""What `engine serve` prints: true, and its curl line works when it is pasted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mm_engine.cli.banner import curl_line
+from mm_engine.cli.model_choice import model_names
+from mm_engine.plugins.discovery import demos
+from pictures import quarters
+from serving import ServerProcess
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint's folder with a picture, at a path that a shell would split."""
+    copy = tmp_path_factory.mktemp("it's a path") / "my model"
+    shutil.copytree(min(demos().items())[1], copy)
+    quarters(96, 96).save(copy / "example.png")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    flags = (str(folder), "--kv-cache-memory", "64MiB")
+    with ServerProcess(tmp_path_factory.mktemp("banner"), *flags) as started:
+        yield started
+
+
+def test_it_says_what_is_served_by_whom_and_how_much_fits(server: ServerProcess) -> None:
+    shown = dict(line.split(None, 1) for line in server.output.splitlines() if "  " in line)
+    assert shown["model"].strip() == "my model"
+    assert shown["plugin"].startswith("mm-llava ")
+    assert shown["KV"].startswith("cache") and " tokens" in shown["KV"]
+    assert shown["address"].strip() == f"{server.url}/v1"
+
+
+def test_the_curl_line_works_when_pasted(server: ServerProcess) -> None:
+    (line,) = (line for line in server.output.splitlines() if line.startswith("curl "))
+    done = subprocess.run(
+        ["sh", "-c", line], capture_output=True, text=True, timeout=60, check=True
+    )
+    answer = json.loads(done.stdout)
+    assert answer["choices"][0]["message"]["content"]
+    assert answer["usage"]["prompt_tokens"] > 100  # the picture was seen
+
+
+def test_a_folder_is_served_under_its_name_and_its_path(
+    server: ServerProcess, folder: Path
+) -> None:
+    listed = server.http.get("/v1/models").json()["data"]
+    assert [model["id"] for model in listed] == ["my model"]
+    for name in ("my model", str(folder)):
+        body = {"model": name, "prompt": "x", "max_tokens": 1}
+        answer = server.http.post("/v1/completions", json=body).json()
+        assert answer["model"] == "my model"
+
+
+def test_names_of_demos_and_hub_ids_stay_as_they_are() -> None:
+    assert model_names("org/name") == ("org/name",)
+    assert model_names(min(demos())) == (min(demos()),)
+
+
+def test_the_curl_line_sends_a_key_from_the_environment() -> None:
+    line = curl_line("http://h:1", "m", Path("p.png"), key=True)
+    assert '-H "Authorization: Bearer $MM_ENGINE_API_KEY"' in line

@@ -1,0 +1,253 @@
+"""A small deterministic stand-in for the device, so that the engine's decisions can be tested.
+
+`CheckingRunner` computes no model: the next token is a hash of everything before it. It keeps
+what was written to each slot of the cache, and holds every step to what the engine promises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from engine_process import CONFIG
+from mm_engine.config import EngineConfig
+from mm_engine.engine.engine import Engine
+from mm_engine.inputs.pipeline import InputPipeline
+from mm_engine.outputs import ErrorInfo, RequestOutput
+from mm_engine.request import Item, PlaceholderRange, Request
+from mm_engine.sampling_params import SamplingParams
+from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, Sequence
+from mm_engine.worker.loader import open_model
+
+VOCAB_SIZE = 300  # of the byte-level tokenizer below
+PLACEHOLDER_ID = 299
+EOS_ID = 298
+
+
+def content(request: Request) -> list[Any]:
+    """What stands at each position of a prompt: a token id, or a row of an item's features."""
+    rows: list[Any] = list(request.prompt_token_ids)
+    for item in request.items:
+        for row in range(item.placeholder.length):
+            rows[item.placeholder.offset + row] = (item.content_key, row)
+    return rows
+
+
+def next_token(rows: list[Any], index: int, vocab: int) -> int:
+    """The pretended model: a hash of all rows before, one of `vocab` letters or the end."""
+    digest = hashlib.sha256(repr((rows, index)).encode()).digest()
+    choice = int.from_bytes(digest[:4], "big") % (vocab + 1)
+    return EOS_ID if choice == vocab else 65 + choice
+
+
+def expected_tokens(request: Request, index: int, vocab: int) -> list[int]:
+    """What completion `index` must be, computed without an engine."""
+    params, rows, output = request.sampling_params, content(request), list[int]()
+    assert params.max_tokens is not None
+    while len(output) < params.max_tokens:
+        output.append(next_token(rows + output, index, vocab))
+        if output[-1] in request.eos_token_ids and not params.ignore_eos:
+            break
+    return output
+
+
+class CheckingRunner:
+    """Runs steps by hashing, and asserts that each step is one that a device could run."""
+
+    def __init__(self, config: EngineConfig, num_blocks: int, max_rows: int, vocab: int) -> None:
+        self.config = config
+        self.num_blocks = num_blocks
+        self.max_rows = max_rows
+        self.vocab = vocab
+        self.slots: dict[int, tuple[Sequence, int, Any]] = {}  # slot -> owner, position, content
+        self.features: dict[str, int] = {}  # content key -> rows
+        self.raises: dict[str, BaseException] = {}  # by request id, while its share is in a step
+        self.bad_items: dict[str, ErrorInfo] = {}  # by content key, when it is encoded
+        self.after_run: Callable[[], None] = lambda: None
+        self.failed = False
+        self.num_mixed_steps = 0  # prefill chunks and decodes together
+        self.num_cut_items = 0  # chunks that end inside an item
+        self.encoded: list[str] = []
+        self.order: list[list[tuple[str, int]]] = []  # per step: (request id, tokens)
+
+    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+        self._check_sizes(batch)
+        for key in batch.evict:
+            self.features.pop(key, None)
+        errors: dict[str, ErrorInfo] = {}
+        for item in batch.encode:
+            assert item.content_key not in self.features or self.failed, "encoded twice"
+            if item.content_key in self.bad_items:
+                errors[item.content_key] = self.bad_items[item.content_key]
+                continue
+            self.features[item.content_key] = item.placeholder.length
+            self.encoded.append(item.content_key)
+        assert sum(self.features.values()) <= self.max_rows
+        self._raise_if_told(batch)
+        sampled = [self._compute(share, errors) for share in batch.sequences]
+        self.order.append(
+            [(s.sequence.request.request_id, s.num_new_tokens) for s in batch.sequences]
+        )
+        self.after_run()
+        return sampled
+
+    def _check_sizes(self, batch: ScheduledBatch) -> None:
+        assert 0 < batch.num_tokens <= self.config.max_num_batched_tokens
+        assert len(batch.sequences) <= self.config.max_num_seqs
+        assert len({id(share.sequence) for share in batch.sequences}) == len(batch.sequences)
+        keys = [item.content_key for item in batch.encode]
+        assert len(set(keys)) == len(keys)
+        num_rows = sum(item.placeholder.length for item in batch.encode)
+        assert num_rows <= self.config.max_num_batched_tokens or len(keys) == 1
+        kinds = {share.sequence.num_output_tokens > 0 for share in batch.sequences}
+        self.num_mixed_steps += len(kinds) == 2
+
+    def _raise_if_told(self, batch: ScheduledBatch) -> None:
+        for share in batch.sequences:
+            error = self.raises.get(share.sequence.request.request_id)
+            if error is not None:
+                self.failed = True  # the same may come once more
+                raise error
+
+    def _compute(self, share: ScheduledSequence, errors: dict[str, ErrorInfo]) -> SampledToken:
+        sequence, size = share.sequence, self.config.block_size
+        assert not sequence.finished
+        assert share.num_new_tokens > 0 and share.end <= sequence.num_tokens
+        assert len(sequence.block_table) == -(-share.end // size), "as many blocks as needed"
+        assert len(set(sequence.block_table)) == len(sequence.block_table)
+        rows = content(sequence.request) + sequence.output_token_ids
+        for position in range(share.end):
+            slot = sequence.block_table[position // size] * size + position % size
+            assert 0 <= slot < self.num_blocks * size
+            if position >= share.start:
+                row = rows[position]
+                if isinstance(row, tuple):
+                    if row[0] in errors:
+                        return SampledToken(error=errors[row[0]])
+                    assert row[1] < self.features[row[0]], "features must be there"
+                self.slots[slot] = (sequence, position, row)
+            assert self.slots[slot] == (sequence, position, rows[position])
+        for item in sequence.request.items:
+            self.num_cut_items += item.placeholder.offset < share.end < item.placeholder.end
+        if not share.samples:
+            return SampledToken()
+        token_id = next_token(rows, sequence.index, self.vocab)
+        return SampledToken(token_id, -1.5, 1, [(token_id, -1.5), (64, -2.5)])
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with 256 bytes, some merges, and two special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "a red circle left of a blue square, and there are three small green stars below it"
+    tokenizer.train_from_iterator([text, "the large yellow ring is above two crosses"], trainer)
+    tokenizer.add_special_tokens(["</s>", "<image>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    made = make_tokenizer()
+    assert len(made) <= VOCAB_SIZE
+    return made
+
+
+@pytest.fixture(scope="session")
+def new_request() -> Callable[..., Request]:
+    """`new_request("id", [3, "a", 2], ...)`: three tokens, the image a, two tokens.
+
+    An image's length in tokens is given by `lengths`, 4 if it isn't. Further keywords are
+    sampling parameters.
+    """
+
+    def make(
+        request_id: str,
+        parts: list[int | str],
+        *,
+        lengths: dict[str, int] | None = None,
+        **params: Any,
+    ) -> Request:
+        ids: list[int] = []
+        items: list[Item] = []
+        for part in parts:
+            if isinstance(part, int):
+                ids += [1 + (len(ids) + i) % 50 for i in range(part)]
+                continue
+            length = (lengths or {}).get(part, 4)
+            place = PlaceholderRange("image", len(items), len(ids), length)
+            items.append(Item(place, part, {"pixel_values": torch.zeros(1)}))
+            ids += [PLACEHOLDER_ID] * length
+        sampling_params = SamplingParams(**{"max_tokens": 4, "temperature": 0.0, **params})
+        return Request(request_id, tuple(ids), sampling_params, tuple(items), (EOS_ID,))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def new_engine(tokenizer: PreTrainedTokenizerFast) -> Callable[..., tuple[Engine, CheckingRunner]]:
+    """`new_engine(num_blocks=8, block_size=2, ...)`: an engine over a `CheckingRunner`."""
+
+    def make(
+        *, num_blocks: int = 64, max_rows: int = 64, vocab: int = 20, **options: Any
+    ) -> tuple[Engine, CheckingRunner]:
+        config = EngineConfig(**{"model": "none", "block_size": 4, **options})
+        runner = CheckingRunner(config, num_blocks, max_rows, vocab)
+        engine = Engine(runner, config, tokenizer, num_blocks=num_blocks, max_encoder_rows=max_rows)
+        return engine, runner
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_all() -> Callable[..., dict[str, RequestOutput]]:
+    """`run_all(engine)`: step until nothing is left; the sums of the outputs by request id."""
+
+    def run(engine: Engine, max_steps: int = 5000) -> dict[str, RequestOutput]:
+        sums: dict[str, RequestOutput] = {}
+        while engine.has_work:
+            for output in engine.step():
+                sums.setdefault(output.request_id, RequestOutput(output.request_id)).extend(output)
+            max_steps -= 1
+            assert max_steps > 0, "no end in sight"
+        return sums
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def expected() -> Callable[..., list[int]]:
+    """`expected(request, index, vocab)`: the tokens that this completion must be."""
+    return expected_tokens
+
+
+@pytest.fixture(scope="session")
+def pipeline() -> InputPipeline:
+    """The inputs of the bundled demo checkpoint."""
+    return InputPipeline(open_model(CONFIG))
+
+
+@pytest.fixture(scope="session")
+def ask(pipeline: InputPipeline) -> Callable[..., Request]:
+    """`ask(max_tokens=…)`: a question about a picture, answered at length."""
+    picture = Image.new("RGB", (96, 96), "red")
+    parts = [{"type": "image", "image": picture}, {"type": "text", "text": "Describe the image."}]
+
+    def make(**params: Any) -> Request:
+        given = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True, **params}
+        prepared = pipeline.prepare_chat([{"role": "user", "content": parts}])
+        return pipeline.request(prepared, SamplingParams(**given))
+
+    return make

@@ -1,0 +1,145 @@
+"""Random lives of the engine. `CheckingRunner` (conftest) holds every step to the promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from mm_engine.errors import RequestError
+
+LENGTHS = {"a": 1, "b": 3, "c": 5, "d": 8}  # tokens of each image
+
+
+@dataclass(frozen=True)
+class Arrival:
+    parts: list[int | str]
+    max_tokens: int
+    n: int
+    at: int  # step
+    abort_after: int | None  # steps later
+    abort_in_step: bool  # between schedule and process
+
+
+@dataclass(frozen=True)
+class Sizes:
+    num_blocks: int
+    block_size: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_rows: int
+
+
+parts = st.lists(
+    st.one_of(st.integers(1, 9), st.sampled_from(sorted(LENGTHS))), min_size=1, max_size=5
+)
+arrivals = st.builds(
+    Arrival,
+    parts=parts,
+    max_tokens=st.integers(1, 20),
+    n=st.integers(1, 3),
+    at=st.integers(0, 15),
+    abort_after=st.one_of(st.none(), st.none(), st.integers(0, 12)),
+    abort_in_step=st.booleans(),
+)
+sizes = st.builds(
+    Sizes,
+    num_blocks=st.integers(1, 24),
+    block_size=st.integers(1, 5),
+    max_num_batched_tokens=st.integers(1, 12),
+    max_num_seqs=st.integers(1, 5),
+    max_rows=st.integers(4, 14),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(arrivals, min_size=1, max_size=8), sizes)
+def test_every_request_ends_as_it_would_alone(
+    new_engine, new_request, expected, arrived: list[Arrival], sizes: Sizes
+) -> None:
+    engine, runner = new_engine(
+        num_blocks=sizes.num_blocks,
+        max_rows=sizes.max_rows,
+        block_size=sizes.block_size,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        max_num_seqs=sizes.max_num_seqs,
+    )
+    requests = {
+        f"r{i}": new_request(
+            f"r{i}", arrival.parts, lengths=LENGTHS, max_tokens=arrival.max_tokens, n=arrival.n
+        )
+        for i, arrival in enumerate(arrived)
+    }
+    by_id = dict(zip(requests, arrived, strict=True))
+    sums, refused = {}, set()
+    step = 0
+    while engine.has_work or step <= 15:
+        for request_id, arrival in by_id.items():
+            if arrival.at == step:
+                try:
+                    engine.add(requests[request_id])
+                except RequestError:
+                    refused.add(request_id)
+        leaving = [
+            request_id
+            for request_id, arrival in by_id.items()
+            if arrival.abort_after is not None and arrival.at + arrival.abort_after == step
+        ]
+        in_step = [request_id for request_id in leaving if by_id[request_id].abort_in_step]
+        for request_id in set(leaving) - set(in_step):
+            engine.abort(request_id)
+        runner.after_run = lambda ids=in_step: [engine.abort(i) for i in ids]
+        for output in engine.step():
+            assert output.error is None
+            if output.request_id in sums:
+                assert not sums[output.request_id].finished, "news after the end"
+                sums[output.request_id].extend(output)
+            else:
+                sums[output.request_id] = output
+        step += 1
+        assert step < 3000, "no end in sight"
+
+    for request_id, request in requests.items():
+        arrival = by_id[request_id]
+        rows_fit = all(LENGTHS[part] <= sizes.max_rows for part in arrival.parts if part in LENGTHS)
+        num_tokens = len(request.prompt_token_ids) + arrival.max_tokens
+        fits = num_tokens <= sizes.num_blocks * sizes.block_size and rows_fit
+        assert (request_id in refused) == (not fits)
+        if request_id in refused:
+            continue
+        answer = sums[request_id]
+        assert answer.finished
+        assert [output.index for output in answer.outputs] == list(range(arrival.n))
+        for output in answer.outputs:
+            wanted = expected(request, output.index, runner.vocab)
+            if output.finish_reason == "abort":
+                assert arrival.abort_after is not None
+                assert output.token_ids == wanted[: len(output.token_ids)]
+            else:
+                assert output.token_ids == wanted
+    stats = engine.stats()
+    assert stats.num_used_blocks == stats.num_running == stats.num_waiting == 0
+    assert engine.kv_cache.num_free_blocks == sizes.num_blocks
+    assert engine.encoder_cache.num_rows == sum(runner.features.values()) <= sizes.max_rows
+    event(f"preempted: {stats.num_preemptions > 0}")
+    event(f"mixed: {runner.num_mixed_steps > 0}")
+    event(f"cut inside an image: {runner.num_cut_items > 0}")
+    event(f"encoded again: {len(set(runner.encoded)) < len(runner.encoded)}")
+
+
+@pytest.mark.parametrize("num_blocks", [14, 80])
+def test_the_paths_of_the_property_are_really_taken(
+    new_engine, new_request, run_all, num_blocks: int
+) -> None:
+    engine, runner = new_engine(
+        num_blocks=num_blocks, block_size=2, max_num_batched_tokens=6, max_rows=8
+    )
+    for i in range(6):
+        engine.add(new_request(f"r{i}", [2, "abcd"[i % 4], 3], lengths=LENGTHS, max_tokens=12))
+    run_all(engine)
+    assert (engine.stats().num_preemptions > 0) == (num_blocks == 14)
+    assert runner.num_mixed_steps > 0
+    assert runner.num_cut_items > 0
+    assert engine.stats().num_encodes == len(runner.encoded) > 4

@@ -1,0 +1,140 @@
+"""The oracle: transformers on the same checkpoint, in float32, greedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
+
+from mm_engine import LLM
+from mm_engine.sequence import ScheduledBatch
+
+#: Two float32 logits nearer than this are a tie: the order of additions decides.
+TIE = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A raw prompt and its images."""
+
+    prompt: str
+    images: tuple[Image.Image, ...] = ()
+
+    def as_prompt(self) -> dict[str, Any]:
+        """As `LLM.generate` takes it."""
+        return {"prompt": self.prompt, "multi_modal_data": {"image": list(self.images)}}
+
+
+def picture(seed: int, width: int = 40, height: int = 32) -> Image.Image:
+    """Noise, so that no two pictures are alike."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+class Oracle:
+    """transformers' answers, computed once for each case."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.model: Any = LlavaForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=torch.float32
+        ).eval()
+        self.image_processor = AutoImageProcessor.from_pretrained(checkpoint)
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+
+    def inputs(
+        self, prompt_token_ids: Sequence[int], images: Sequence[Image.Image]
+    ) -> dict[str, Any]:
+        """Keywords of the model for one prompt."""
+        ids = torch.tensor([list(prompt_token_ids)])
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if images:
+            inputs["pixel_values"] = self.image_processor(list(images), return_tensors="pt")[
+                "pixel_values"
+            ]
+        return inputs
+
+    def expanded_ids(self, case: Case) -> list[int]:
+        """The prompt's ids, counted by running transformers' own tower."""
+        ids = self.tokenizer(case.prompt)["input_ids"]
+        if not case.images:
+            return list(ids)
+        pixels = self.image_processor([case.images[0]], return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            features = self.model.model.get_image_features(pixels, return_dict=True).pooler_output
+        image_token = self.model.config.image_token_id
+        expanded: list[int] = []
+        for token in ids:
+            expanded += [token] * (len(features[0]) if token == image_token else 1)
+        return expanded
+
+    def answer(self, case: Case, num_tokens: int) -> list[int]:
+        """Greedy ids, end of sequence ignored."""
+        inputs = self.inputs(self.expanded_ids(case), case.images)
+        with torch.no_grad():
+            ids = self.model.generate(
+                **inputs, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None
+            )
+        answer: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
+        return answer
+
+    def logits(self, case: Case, answer: Sequence[int]) -> torch.Tensor:
+        """`[len(answer) + 1, vocab]`: what each token of `answer`, and the next, was taken from."""
+        prompt = self.expanded_ids(case)
+        with torch.no_grad():
+            logits: torch.Tensor = self.model(
+                **self.inputs([*prompt, *answer], case.images)
+            ).logits[0]
+        return logits[len(prompt) - 1 :]
+
+    def check(self, case: Case, expected: Sequence[int], got: Sequence[int]) -> None:
+        """Fail unless `got` is `expected`, up to the first real tie."""
+        assert len(expected) == len(got)
+        for position, (want, have) in enumerate(zip(expected, got, strict=True)):
+            if want != have:
+                logits = self.logits(case, got[:position])[-1]
+                gap = float(logits.max() - logits[have])
+                assert gap < TIE, f"token {position}: {have} instead of {want}, behind by {gap:.2e}"
+                return
+
+
+@dataclass
+class Trace:
+    """What the scheduler planned, step by step."""
+
+    steps: list[ScheduledBatch] = field(default_factory=list)
+    shares: list[list[tuple[int, int, int]]] = field(default_factory=list)
+    cut_images: int = 0
+    mixed_steps: int = 0
+    most_sequences: int = 0
+
+    @classmethod
+    def of(cls, llm: LLM) -> Trace:
+        """Watch `llm`'s scheduler from now on."""
+        trace, schedule = cls(), llm.engine.scheduler.schedule
+
+        def watched() -> ScheduledBatch:
+            batch = schedule()
+            trace.note(batch)
+            return batch
+
+        llm.engine.scheduler.schedule = watched  # type: ignore[method-assign]
+        return trace
+
+    def note(self, batch: ScheduledBatch) -> None:
+        """Count what kind of step this is."""
+        self.steps.append(batch)
+        self.most_sequences = max(self.most_sequences, len(batch.sequences))
+        decodes = sum(
+            s.sequence.num_output_tokens > 0 and s.num_new_tokens == 1 for s in batch.sequences
+        )
+        prefills = sum(s.start < s.sequence.num_prompt_tokens for s in batch.sequences)
+        self.mixed_steps += bool(decodes and prefills)
+        for share in batch.sequences:
+            for item in share.sequence.request.items:
+                self.cut_images += item.placeholder.offset < share.end < item.placeholder.end

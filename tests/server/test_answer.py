@@ -1,0 +1,97 @@
+"""`Answer`: several prompts as one, over a stand-in for the engine that the tests can steer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from typing import TypeVar
+
+import pytest
+
+from mm_engine.errors import EngineDead, Overloaded, PluginError
+from mm_engine.outputs import CompletionOutput, RequestOutput
+from mm_engine.request import Request
+from mm_engine.sampling_params import SamplingParams
+from mm_engine.server.answer import Answer
+
+T = TypeVar("T")
+
+
+def run(work: Coroutine[object, object, T]) -> T:
+    return asyncio.run(asyncio.wait_for(work, 10))
+
+
+class Scripted:
+    """Answers each request with the outputs of its script; an exception is raised."""
+
+    def __init__(self, **scripts: list[RequestOutput | Exception]) -> None:
+        self.scripts = scripts
+        self.left: list[str] = []
+
+    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+        try:
+            for step in self.scripts[request.request_id]:
+                await asyncio.sleep(0)
+                if isinstance(step, Exception):
+                    raise step
+                yield step
+            if not self.scripts[request.request_id]:
+                await asyncio.Event().wait()
+        finally:
+            self.left.append(request.request_id)
+
+
+def request(name: str) -> Request:
+    return Request(name, (1,), SamplingParams())
+
+
+def output(name: str, text: str, *, finished: bool = False) -> RequestOutput:
+    return RequestOutput(name, [CompletionOutput(0, text)], finished)
+
+
+async def collect(engine: Scripted, *names: str) -> list[tuple[int, str]]:
+    async with Answer(engine, [request(name) for name in names]) as answer:  # type: ignore[arg-type]
+        return [(index, new.outputs[0].text) async for index, new in answer]
+
+
+def test_outputs_of_all_prompts_come_with_their_index() -> None:
+    engine = Scripted(
+        a=[output("a", "1"), output("a", "2", finished=True)],
+        b=[output("b", "3", finished=True)],
+    )
+    news = run(collect(engine, "a", "b"))
+    assert sorted(news) == [(0, "1"), (0, "2"), (1, "3")]
+
+
+def test_the_error_of_one_ends_all() -> None:
+    engine = Scripted(a=[], b=[output("b", "1"), PluginError("broken")])
+    with pytest.raises(PluginError, match="broken"):
+        run(collect(engine, "a", "b"))
+    assert sorted(engine.left) == ["a", "b"]
+
+
+def test_an_engine_that_falls_silent_is_an_error() -> None:
+    engine = Scripted(a=[output("a", "1")])
+    with pytest.raises(EngineDead):
+        run(collect(engine, "a"))
+
+
+def test_leaving_early_closes_every_stream() -> None:
+    async def leave() -> None:
+        async with Answer(engine, [request("a"), request("b")]) as answer:  # type: ignore[arg-type]
+            await anext(answer)
+
+    engine = Scripted(a=[], b=[output("b", "1"), output("b", "2", finished=True)])
+    run(leave())
+    assert sorted(engine.left) == ["a", "b"]
+
+
+def test_an_answer_can_be_failed_from_outside() -> None:
+    async def wait() -> None:
+        async with Answer(engine, [request("a")]) as answer:  # type: ignore[arg-type]
+            answer.fail(Overloaded("enough"))
+            await anext(answer)
+
+    engine = Scripted(a=[])
+    with pytest.raises(Overloaded, match="enough"):
+        run(wait())

@@ -1,0 +1,178 @@
+"""How a server ends: asked to, by its engine's death, or without having started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving import ENGINE, ServerProcess, environment, sse_events, wait_until
+
+LONG = {"prompt": "circle", "ignore_eos": True, "stream": True}
+
+
+def test_sigterm_lets_streams_finish_and_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        ServerProcess(tmp_path, "--kv-cache-memory", "64MiB") as server,
+        httpx.Client(base_url=server.url, timeout=30) as idle,
+    ):
+        assert idle.get("/health").status_code == 200  # keeps its connection
+        body = {**LONG, "max_tokens": 300}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            events = sse_events(response.iter_lines())
+            next(events)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            with pytest.raises(httpx.TransportError), httpx.Client() as newcomer:
+                newcomer.get(f"{server.url}/health")
+            rest = list(events)
+        assert rest[-1] == "[DONE]"
+        assert json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
+        assert server.process.wait(10) == 0
+        assert server.leftovers() == []
+        assert "Traceback" not in server.output
+
+
+def test_ctrl_c_ends_it_with_0(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path, "--kv-cache-memory", "64MiB") as server:
+        for pid in (*server.children, server.process.pid):  # as a terminal does, to the group
+            os.kill(pid, signal.SIGINT)
+        assert server.process.wait(10) == 0
+        assert server.leftovers() == []
+        assert "Traceback" not in server.output
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+def test_what_outlasts_the_drain_ends_in_a_proper_error(tmp_path: Path, stream: bool) -> None:
+    with ServerProcess(tmp_path, settings={"drain_timeout": 0.5}) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        body = json.dumps({**LONG, "max_tokens": 4000, "stream": stream}).encode()
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+            connection.sendall(head.encode() + b"\r\n\r\n" + body)
+            wait_until(lambda: server.metric("mm_engine_num_running") == 1, "it to run")
+            start = time.monotonic()
+            assert server.terminate() == 0
+            assert 0.4 < time.monotonic() - start < 5
+            answer = b"".join(iter(lambda: connection.recv(2**16), b""))
+        assert b"the server is shutting down" in answer
+        assert answer.startswith(b"HTTP/1.1 200 " if stream else b"HTTP/1.1 503 ")
+        assert b"[DONE]" not in answer
+        assert server.leftovers() == []
+
+
+def test_when_the_engine_is_killed_clients_and_health_are_told(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path, settings={"dead_engine_timeout": 3.0}) as server:
+        body = {**LONG, "max_tokens": 4000}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            events = sse_events(response.iter_lines())
+            next(events)
+            assert server.http.get("/health").status_code == 200
+            for pid in server.children:
+                os.kill(pid, signal.SIGKILL)
+            rest = list(events)
+        assert json.loads(rest[-1])["error"]["type"] == "engine_dead"
+        health = server.http.get("/health")
+        assert health.status_code == 503
+        assert health.json()["error"]["type"] == "engine_dead"
+        refused = server.http.post("/v1/completions", json={"prompt": "x"})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "engine_dead")
+        assert server.metric("mm_engine_up") == 0
+        assert server.process.wait(10) == 1
+        assert server.leftovers() == []
+        assert "Traceback" not in server.output
+
+
+def run(*arguments: str, tmp: Path, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [ENGINE, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=environment(tmp),
+        check=False,
+    )
+
+
+def check_refusal(done: subprocess.CompletedProcess[str], *parts: str, tmp: Path) -> None:
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    for part in parts:
+        assert part in lines[-1]
+    assert "Traceback" not in done.stderr
+    assert list(tmp.rglob("*")) == []
+
+
+def test_a_port_in_use_is_said_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        start = time.monotonic()
+        done = run("serve", "/no/such/model", "--port", port, tmp=tmp_path)
+    check_refusal(done, f"can't listen on 127.0.0.1 port {port}", "--port", tmp=tmp_path)
+    assert time.monotonic() - start < 5
+
+
+def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
+    check_refusal(
+        run("serve", "--host", "192.0.2.1", "--port", "0", tmp=tmp_path), "192.0.2.1", tmp=tmp_path
+    )
+
+
+def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    done = run("serve", "/no/such/model", "--port", "0", tmp=tmp_path)
+    check_refusal(done, "/no/such/model", tmp=tmp_path)
+
+
+def test_a_corrupt_shard_is_one_sentence(demo_copy: Path, tmp_path: Path) -> None:
+    weights = demo_copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    done = run("serve", str(demo_copy), "--port", "0", tmp=tmp_path)
+    check_refusal(done, "model.safetensors", tmp=tmp_path)
+
+
+def test_an_architecture_that_nobody_serves_is_one_sentence(
+    demo_copy: Path, tmp_path: Path
+) -> None:
+    config = json.loads((demo_copy / "config.json").read_text())
+    config["architectures"] = ["NobodyForConditionalGeneration"]
+    (demo_copy / "config.json").write_text(json.dumps(config))
+    done = run("serve", str(demo_copy), "--port", "0", tmp=tmp_path)
+    check_refusal(done, "NobodyForConditionalGeneration", tmp=tmp_path)
+
+
+def test_sigterm_while_loading_leaves_nothing(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [ENGINE, "serve", "--port", "0"],
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def children() -> list[str]:
+        listed = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
+        )
+        return listed.stdout.split()
+
+    wait_until(lambda: bool(children()) or process.poll() is not None, "the engine process", 60)
+    started = children()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+    running = subprocess.run(
+        ["ps", "-o", "pid=", "-p", ",".join(started)], capture_output=True, text=True, check=False
+    )
+    assert running.stdout.split() == []
+    assert list(tmp_path.rglob("*")) == []

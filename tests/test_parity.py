@@ -1,0 +1,145 @@
+"""Greedy tokens equal transformers' in float32, whichever way a prompt goes through the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import BACKBONES, TOWERS, make_llava
+from mm_engine import LLM, SamplingParams
+from mm_engine.outputs import RequestOutput
+from mm_engine.request import PromptInputs
+from parity import Case, Oracle, Trace, picture
+
+NUM_TOKENS = 64
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+IMAGES = tuple(picture(seed, 24 + 8 * seed, 32) for seed in range(4))
+CASES = (
+    Case("Hello there, what is in the"),
+    Case("USER: <image>\nWhat is in the picture? ASSISTANT:", IMAGES[:1]),
+    Case("<image>", IMAGES[1:2]),
+    Case("USER: a <image> b <image><image> c: which is left of which? ASSISTANT:", IMAGES[:3]),
+    Case("How many objects are there? Describe the image. <image>", IMAGES[3:]),
+    Case("x"),
+)
+LAYERS: tuple[int | list[int], ...] = (-2, -1, [-3, -1])
+STRATEGIES = ("default", "full")
+MATRIX = list(product(BACKBONES, TOWERS, LAYERS, STRATEGIES))
+
+
+@dataclass
+class Fixture:
+    """A checkpoint, its oracle and the oracle's answers."""
+
+    path: Path
+    oracle: Oracle
+    answers: list[list[int]]
+
+    def llm(self, **options: Any) -> LLM:
+        """The checkpoint in float32."""
+        return LLM(str(self.path), dtype="float32", progress=False, **options)
+
+    def check(self, outputs: list[RequestOutput]) -> None:
+        """All answers are the oracle's."""
+        for case, expected, output in zip(CASES, self.answers, outputs, strict=True):
+            assert output.error is None
+            assert output.prompt_token_ids == self.oracle.expanded_ids(case)
+            self.oracle.check(case, expected, output.outputs[0].token_ids)
+
+
+@pytest.fixture(
+    scope="module",
+    params=MATRIX,
+    ids=lambda p: "-".join(str(part).replace(" ", "") for part in p),
+)
+def fixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fixture:
+    """One checkpoint of the matrix."""
+    backbone, tower, layer, strategy = request.param
+    path = make_llava(
+        tmp_path_factory.mktemp("checkpoint"),
+        backbone=backbone,
+        tower=tower,
+        feature_layer=layer,
+        strategy=strategy,
+    )
+    oracle = Oracle(path)
+    answers = [oracle.answer(case, NUM_TOKENS) for case in CASES]
+    assert len({token for answer in answers for token in answer}) > 20, "answers must vary"
+    return Fixture(path, oracle, answers)
+
+
+def prompts() -> list[Any]:
+    """All cases, as `LLM.generate` takes them."""
+    return [case.as_prompt() for case in CASES]
+
+
+def num_images(cases: tuple[Case, ...]) -> int:
+    """Different pictures in `cases`."""
+    return len({id(image) for case in cases for image in case.images})
+
+
+def test_each_prompt_alone(fixture: Fixture) -> None:
+    llm = fixture.llm()
+    trace = Trace.of(llm)
+    fixture.check([llm.generate(prompt, GREEDY)[0] for prompt in prompts()])
+    assert trace.most_sequences == 1
+
+
+def test_all_prompts_in_one_batch(fixture: Fixture) -> None:
+    llm = fixture.llm()
+    trace = Trace.of(llm)
+    fixture.check(llm.generate(prompts(), GREEDY))
+    assert trace.most_sequences == len(CASES)
+    assert llm.engine.stats().num_encodes == num_images(CASES)
+
+
+def test_chunks_that_cut_through_images(fixture: Fixture) -> None:
+    llm = fixture.llm(max_num_batched_tokens=11, max_num_seqs=4, block_size=4)
+    trace = Trace.of(llm)
+    fixture.check(llm.generate(prompts(), GREEDY))
+    assert trace.cut_images > 0
+    assert trace.mixed_steps > 0
+    assert max(batch.num_tokens for batch in trace.steps) <= 11
+
+
+def test_preemption_when_blocks_run_out(fixture: Fixture) -> None:
+    llm = fixture.llm(block_size=4, kv_cache_memory=_cache_bytes(fixture, num_tokens=200))
+    fixture.check(llm.generate(prompts(), GREEDY))
+    stats = llm.engine.stats()
+    assert stats.num_preemptions > 0
+    assert stats.num_used_blocks == 0
+
+
+def test_neighbours_of_an_aborted_request(fixture: Fixture) -> None:
+    llm = fixture.llm(max_num_batched_tokens=32)
+    outputs: dict[str, RequestOutput] = {}
+    for i, case in enumerate(CASES):
+        prepared = llm.pipeline.prepare(
+            PromptInputs(prompt=case.prompt, multi_modal_data={"image": case.images})
+        )
+        request = llm.pipeline.request(prepared, GREEDY, str(i))
+        outputs[str(i)] = RequestOutput(str(i), prompt_token_ids=list(request.prompt_token_ids))
+        llm.engine.add(request)
+    while llm.engine.has_work:
+        for output in llm.engine.step():
+            outputs[output.request_id].extend(output)
+        if outputs["1"].outputs and len(outputs["1"].outputs[0].token_ids) == 5:
+            llm.engine.abort("1")
+    aborted = outputs["1"].outputs[0]
+    assert aborted.finish_reason == "abort"
+    assert aborted.token_ids == fixture.answers[1][:5]
+    kept = [i for i in range(len(CASES)) if i != 1]
+    for i in kept:
+        fixture.oracle.check(CASES[i], fixture.answers[i], outputs[str(i)].outputs[0].token_ids)
+    assert llm.engine.stats().num_used_blocks == 0
+
+
+def _cache_bytes(fixture: Fixture, num_tokens: int) -> int:
+    """Bytes of a KV cache that holds `num_tokens` tokens in float32."""
+    text = fixture.oracle.model.config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(num_tokens * 2 * text.num_key_value_heads * head_dim * text.num_hidden_layers * 4)
