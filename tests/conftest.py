@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
 
 settings.register_profile("repository", deadline=None)
 settings.load_profile("repository")
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random-weight checkpoint in float32 that no test may change."""
+    from checkpoints import make_llava  # here: it imports transformers
+
+    return make_llava(tmp_path_factory.mktemp("llava"))

@@ -127,6 +127,12 @@ def test_every_mix_and_window(mix: list[tuple[int, int]], window: int | None) ->
     assert_meets_reference(make_step(mix, window=window, block_size=16))
 
 
+@pytest.mark.parametrize("window", [12, 13, 14], ids=lambda w: f"window{w}")
+def test_a_window_about_as_long_as_the_sequence(window: int) -> None:
+    assert_meets_reference(make_step([(1, 13)], window=window))
+    assert_meets_reference(make_step([(13, 13)], window=window))
+
+
 @pytest.mark.parametrize("heads", HEADS, ids=lambda h: f"{h[0]}x{h[1]}")
 @pytest.mark.parametrize("head_dim", [24, 60, 63, 64, 128], ids=lambda d: f"d{d}")
 def test_every_head_size_and_ratio(heads: tuple[int, int], head_dim: int) -> None:

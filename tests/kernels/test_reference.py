@@ -83,15 +83,10 @@ def test_paged_attention_is_transformers_eager_attention(
         query, key_cache, value_cache, blocks, [num_new], [length], dim**-0.5, window
     )
 
+    # The mask doesn't depend on the head size, and the config must have an even one.
     config = MistralConfig(
-        hidden_size=num_heads * dim,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
-        head_dim=dim,
-        sliding_window=window,
-        attn_implementation="eager",
+        hidden_size=8, num_attention_heads=1, sliding_window=window, attn_implementation="eager"
     )
-    module = modeling_mistral.MistralAttention(config, layer_idx=0).eval()
     make_mask = (
         modeling_mistral.create_sliding_window_causal_mask
         if window
@@ -99,11 +94,13 @@ def test_paged_attention_is_transformers_eager_attention(
     )
     mask = make_mask(
         config=config,
-        inputs_embeds=noise(1, length, num_heads * dim),
+        inputs_embeds=noise(1, length, 8),
         attention_mask=None,
         past_key_values=None,
         position_ids=torch.arange(length)[None],
     )
+    module = torch.nn.Module()
+    module.num_key_value_groups = num_heads // num_kv_heads
     expected, _ = modeling_mistral.eager_attention_forward(
         module,
         query.transpose(0, 1)[None],

@@ -114,7 +114,7 @@ async def _answer(
     pipeline = InputPipeline(open_model(config), chat_template=chat_template)
     prepared = pipeline.prepare_chat(messages)
     pipeline.request(prepared, params)  # too long for the model? Then before it is loaded
-    client = await EngineClient.start(config, pipeline.dummy_request())
+    client = await EngineClient.start(config, pipeline.dummy_request(), pipeline.plugin.record)
     try:
         pipeline.limit_length(client.info.kv_cache_tokens)
         started = False

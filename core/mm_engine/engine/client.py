@@ -31,6 +31,7 @@ from mm_engine.errors import (
     StartupError,
 )
 from mm_engine.outputs import ErrorInfo, RequestOutput
+from mm_engine.plugins.record import PluginRecord
 from mm_engine.request import Request
 
 logger = logging.getLogger(__name__)
@@ -59,15 +60,19 @@ class EngineClient:
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
-    async def start(cls, config: EngineConfig, profile_request: Request) -> EngineClient:
+    async def start(
+        cls, config: EngineConfig, profile_request: Request, plugin: PluginRecord | None = None
+    ) -> EngineClient:
         """Start the process and wait until the model is loaded.
+
+        `plugin` is the record of the caller's own plugin: the process loads that one or none.
 
         Raises:
             StartupError, PluginError: it can't start as asked; nothing is left behind.
         """
         client = cls()
         try:
-            client.info = await client._shake_hands(config, profile_request)
+            client.info = await client._shake_hands(config, profile_request, plugin)
         except BaseException:
             client._process.kill()
             client._clean_up()
@@ -150,12 +155,14 @@ class EngineClient:
                 self._process.kill()
             self._clean_up()
 
-    async def _shake_hands(self, config: EngineConfig, profile_request: Request) -> EngineInfo:
+    async def _shake_hands(
+        self, config: EngineConfig, profile_request: Request, plugin: PluginRecord | None
+    ) -> EngineInfo:
         async def hand_over() -> wire.FromEngine:
             tensors: list[wire.Frame] = []
             packed = wire.pack_request(profile_request, tensors)
             await self._socket.send_multipart(
-                wire.encode(wire.Start(config, packed), tensors), copy=False
+                wire.encode(wire.Start(config, packed, plugin), tensors), copy=False
             )
             return wire.decode_from_engine(await self._socket.recv_multipart())
 

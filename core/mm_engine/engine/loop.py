@@ -71,7 +71,8 @@ def _start(connection: Connection) -> Engine | None:
     message, profile_request = received
     assert isinstance(message, wire.Start) and profile_request is not None
     try:
-        engine = build_engine(open_model(message.config), message.config, profile_request)
+        opened = open_model(message.config, message.plugin)
+        engine = build_engine(opened, message.config, profile_request)
     except MMEngineError as error:
         connection.send(wire.Failed(type(error).__name__, str(error)))
         return None

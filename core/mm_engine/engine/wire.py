@@ -15,6 +15,7 @@ from torch import Tensor
 from mm_engine.config import EngineConfig
 from mm_engine.engine.status import EngineInfo, EngineStats
 from mm_engine.outputs import RequestOutput
+from mm_engine.plugins.record import PluginRecord
 from mm_engine.request import Item, PlaceholderRange, Request
 from mm_engine.sampling_params import SamplingParams
 
@@ -49,10 +50,11 @@ class PackedRequest(msgspec.Struct, array_like=True):
 
 
 class Start(msgspec.Struct, tag=True):
-    """To the engine, first and once: what to load, and the costliest prompt."""
+    """To the engine, first and once: what to load, the costliest prompt, the front's plugin."""
 
     config: EngineConfig
     profile_request: PackedRequest
+    plugin: PluginRecord | None = None  # None: the engine finds it itself
 
 
 class Add(msgspec.Struct, tag=True):

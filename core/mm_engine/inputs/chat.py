@@ -18,6 +18,7 @@ from jinja2.exceptions import TemplateError
 
 from mm_engine.config import ModelContext
 from mm_engine.errors import RequestError, StartupError
+from mm_engine.plugins.placeholders import image_token
 
 OPEN, CLOSE = "\ue000", "\ue001"  # private use: no meaning of their own in any text
 PROBE = "mm engine probe"
@@ -65,10 +66,13 @@ class ChatRenderer:
         self.template = template
         self.image_text = image_text
         added = self.tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special} | {image_text}
+        special = {token.content for token in added if token.special}
+        special |= {image_text, image_token(ctx)}
         special |= {t for t in self.tokenizer.all_special_tokens if t}
         longest_first = sorted((t for t in special if t), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)))
+        self._starts = frozenset(token[:i] for token in longest_first for i in range(1, len(token)))
+        self._longest_start = max(map(len, self._starts), default=0)
         self._takes_parts = self._probe()
 
     def encode(
@@ -115,13 +119,24 @@ class ChatRenderer:
         for part in parts:
             if part["type"] == "text":
                 _check_text(part["text"], param)
-                part["text"] = self._special.sub(
-                    lambda found: f"{OPEN}{found[0]}{CLOSE}", part["text"]
-                )
+                part["text"] = self._mark(part["text"])
         if self._takes_parts:
             return {"role": role, "content": parts}
         texts = [self.image_text if part["type"] == "image" else part["text"] for part in parts]
         return {"role": role, "content": "\n".join(texts)}
+
+    def _mark(self, text: str) -> str:
+        """The text with marks around special tokens, and around the start of one at its end.
+
+        Of that one the rest may follow in the next part: templates write parts side by side.
+        """
+        end = len(text.rstrip())
+        longest = min(end, self._longest_start)
+        starts = (end - i for i in range(longest, 0, -1) if text[end - i : end] in self._starts)
+        start = next(starts, end)
+        tail = f"{OPEN}{text[start:end]}{CLOSE}" if start < end else ""
+        marked = self._special.sub(lambda found: f"{OPEN}{found[0]}{CLOSE}", text[:start])
+        return f"{marked}{tail}{text[end:]}"
 
     @staticmethod
     def _part(param: str, part: Any) -> dict[str, str]:
@@ -175,6 +190,7 @@ class ChatRenderer:
     ) -> tuple[int, ...]:
         """The ids, with special tokens inside `spans` replaced by the ids of their characters."""
         ids: list[int] = []
+        seen: dict[str, list[int]] = {}  # a text may hold thousands of them
         remaining = list(reversed(spans))
         for token, (start, end) in zip(
             encoding["input_ids"], encoding["offset_mapping"], strict=True
@@ -183,8 +199,10 @@ class ChatRenderer:
                 remaining.pop()
             marked = bool(remaining) and start < remaining[-1][1] and remaining[-1][0] < end
             if marked and self._special.fullmatch(self.tokenizer.convert_ids_to_tokens(token)):
-                first, last = remaining[-1]
-                ids += self._plain(text[first:last])
+                written = text[start:end]  # the token's own: a span may hold several, or a part
+                if written not in seen:
+                    seen[written] = self._plain(written)
+                ids += seen[written]
             else:
                 ids.append(token)
         return tuple(ids)

@@ -7,8 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
@@ -19,6 +25,9 @@ from mm_engine.errors import StartupError
 
 #: What is fetched from the Hub: never pickled weights, never code.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+MAX_CAUSE_LENGTH = 300  # characters of a foreign error's message that ours repeats
+#: What reading a file of JSON raises when the file is damaged or is something else.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def locate(model: str) -> Path:
@@ -27,7 +36,10 @@ def locate(model: str) -> Path:
     Raises:
         StartupError: there is no such folder and no such repository.
     """
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError:  # ~name of a user who isn't there
+        path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise StartupError(
@@ -42,35 +54,57 @@ def locate(model: str) -> Path:
         )
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OSError,
+        httpx.HTTPError,
+    ) as error:
         raise StartupError(
             f"checkpoint not found: {model} is neither a folder nor to be had from the Hub "
-            f"({type(error).__name__}: {cause}). Check the name and the network."
+            f"({_cause(error)}). Check the name and the network."
         ) from error
 
 
-def read_config(path: Path) -> tuple[Any, str]:
-    """The checkpoint's config and its architecture.
+def read_architecture(path: Path) -> str:
+    """The name under which a plugin serves the checkpoint.
 
     Raises:
         StartupError: config.json can't be read or names no single architecture.
     """
     try:
-        raw = json.loads((path / "config.json").read_text())
-        architectures = raw.get("architectures") or []
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StartupError(
-            f"config.json can't be read: {path} ({type(error).__name__}: {_first_line(error)}). "
-            "Fetch the checkpoint again."
-        ) from error
-    if len(architectures) != 1:
+        architectures = json.loads((path / "config.json").read_text("utf-8")).get("architectures")
+    except UNREADABLE as error:
+        raise _bad_config(path, error) from error
+    if not isinstance(architectures, list) or len(architectures) != 1:
         raise StartupError(
             f"config.json must name one architecture: {path} names {architectures or 'none'}. "
             'Add "architectures": ["…"] to it.'
         )
-    return config, str(architectures[0])
+    return str(architectures[0])
+
+
+def read_config(path: Path) -> tuple[Any, str]:
+    """The checkpoint's config and its architecture.
+
+    A plugin may bring the config's class, so load it first (`read_architecture` says which).
+
+    Raises:
+        StartupError: config.json can't be read or names no single architecture, or the weights
+            are quantised.
+    """
+    architecture = read_architecture(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (*UNREADABLE, StrictDataclassError) as error:
+        raise _bad_config(path, error) from error
+    if getattr(config, "quantization_config", None):
+        raise StartupError(
+            f"quantised checkpoints are not supported: {path} has a quantization_config. "
+            "Use the checkpoint in bfloat16, float16 or float32."
+        )
+    return config, architecture
 
 
 def read_tokenizer(path: Path) -> Any:
@@ -83,7 +117,7 @@ def read_tokenizer(path: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
     except Exception as error:  # transformers raises what its many readers raise
         raise StartupError(
-            f"tokenizer can't be read: {path} ({type(error).__name__}: {_first_line(error)}). "
+            f"tokenizer can't be read: {path} ({_cause(error)}). "
             "Fetch the checkpoint again, tokenizer.json included."
         ) from error
     if not tokenizer.is_fast:
@@ -95,44 +129,65 @@ def read_tokenizer(path: Path) -> Any:
 
 
 def read_eos_token_ids(path: Path, config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end an answer: generation_config.json's, else the config's, else the tokenizer's."""
-    found: Any = None
+    """Ids that end an answer: generation_config.json's, else the config's, else the tokenizer's.
+
+    Raises:
+        StartupError: a file can't be read, or what it names is no id.
+    """
     file = path / "generation_config.json"
     if file.is_file():
         try:
-            found = json.loads(file.read_text()).get("eos_token_id")
-        except ValueError as error:
+            found = json.loads(file.read_text("utf-8")).get("eos_token_id")
+            ids = _token_ids(found)
+        except UNREADABLE as error:
             raise StartupError(
-                f"generation_config.json can't be read: {path} ({_first_line(error)}). "
-                "Fetch the checkpoint again."
+                f"generation_config.json can't be read: {path} ({_cause(error)}). "
+                "Correct it, or fetch the checkpoint again."
             ) from error
-    if found is None:
-        found = getattr(config.get_text_config(), "eos_token_id", None)
-    if found is None:
-        found = tokenizer.eos_token_id
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, list) else (int(found),)
+        if found is not None:
+            return ids
+    try:
+        ids = _token_ids(getattr(config.get_text_config(), "eos_token_id", None))
+    except ValueError as error:
+        raise _bad_config(path, error) from error
+    return ids or _token_ids(tokenizer.eos_token_id)
+
+
+def _token_ids(found: Any) -> tuple[int, ...]:
+    ids = found if isinstance(found, list | tuple) else [] if found is None else [found]
+    if any(type(token) is not int for token in ids):
+        raise ValueError(f"eos_token_id is no token id: {found!r}")
+    return tuple(ids)
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The checkpoint's safetensors files; the index, if there is one, says which.
+    """The checkpoint's safetensors files: the one, those that the index names, or all there are.
 
     Raises:
-        StartupError: none, or one that the index names is missing.
+        StartupError: none, one that the index names is missing, or the index can't be read.
     """
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if (path / "model.safetensors").is_file():  # it wins over an index, as in transformers
+        names = ["model.safetensors"]
+    elif index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            missing = [name for name in names if not (path / name).is_file()]
+        except UNREADABLE as error:
+            raise StartupError(
+                f"the index of the weights can't be read: {index} ({_cause(error)}). "
+                "Fetch the checkpoint again."
+            ) from error
+        if missing:
+            raise StartupError(
+                f"weights are missing: {path} lacks {', '.join(missing[:3])}. "
+                "Fetch the checkpoint again."
+            )
     else:
         names = sorted(file.name for file in path.glob("*.safetensors"))
-    missing = [name for name in names if not (path / name).is_file()]
-    if missing or not names:
-        what = ", ".join(missing[:3]) if missing else "no *.safetensors file"
+    if not names:
         raise StartupError(
-            f"weights are missing: {path} lacks {what}. Fetch the checkpoint again."
-            if missing
-            else f"weights are missing: {path} has {what}. "
+            f"weights are missing: {path} has no *.safetensors file. "
             "Convert the checkpoint to safetensors, or start with --load-format dummy."
         )
     return [path / name for name in names]
@@ -161,14 +216,23 @@ def read_weights(path: Path, *, progress: bool) -> Iterator[tuple[str, Tensor]]:
                         tensor = shard.get_tensor(name)
                         yield name, tensor
                         bar.advance(task, tensor.numel() * tensor.element_size())
-            except SafetensorError as error:
+            except (SafetensorError, OSError, ValueError) as error:
                 raise StartupError(
-                    f"a shard of the weights is corrupt: {file} ({_first_line(error)}). "
+                    f"a shard of the weights is corrupt: {file} ({_cause(error)}). "
                     "Fetch the file again."
                 ) from error
         bar.update(task, completed=bar.tasks[0].total)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
+def _bad_config(path: Path, error: BaseException) -> StartupError:
+    return StartupError(
+        f"config.json can't be read: {path} ({_cause(error)}). "
+        "Correct it, or fetch the checkpoint again."
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """The error's type and message, on one line and shortened."""
+    message = " ".join(str(error).split())
+    short = message if len(message) <= MAX_CAUSE_LENGTH else message[: MAX_CAUSE_LENGTH - 1] + "…"
+    return f"{type(error).__name__}: {short}" if short else type(error).__name__

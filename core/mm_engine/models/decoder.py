@@ -112,7 +112,10 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(
-                config, qkv_bias=qkv_bias, out_bias=attention_bias, window=layer_window(config, i)
+                config,
+                qkv_bias=qkv_bias,
+                out_bias=attention_bias,
+                window=layer_window(config, i) if features.get("sliding_window") else None,
             )
             for i in range(config.num_hidden_layers)
         )
@@ -123,6 +126,12 @@ class Decoder(nn.Module):
 
     #: Checkpoint names that differ from the attributes here (`embed_tokens` is a method).
     weight_aliases: ClassVar[dict[str, str]] = {"embed_tokens": "embedding"}
+
+    def untie(self) -> Linear:
+        """Make a head, uninitialised: the checkpoint brings one, whatever its config says."""
+        like = self.embedding.weight
+        self.lm_head = Linear(like.shape[1], like.shape[0]).to(like.device, like.dtype)
+        return self.lm_head
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
         """`[T]` ids to `[T, hidden]`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,25 +63,56 @@ def load_into(
     """Copy `weights` into `model`, converting dtype and device.
 
     Raises:
-        StartupError: a tensor's shape isn't the parameter's.
+        StartupError: a tensor's shape isn't the parameter's, or its numbers are quantised.
     """
-    targets = weight_targets(model)
+    targets, tied = weight_targets(model), tied_heads(model)
     report = WeightReport()
+    spare: dict[str, Tensor] = {}  # heads of backbones whose config says that they have none
     for original, tensor in weights:
         name = rename(original, prefixes)
         target = targets.get(name)
-        if target is None:
+        if target is None and name in tied:
+            spare[name] = tensor
+        elif target is None:
             report.unused.append(original)
-            continue
-        if target.shape != tensor.shape:
-            raise StartupError(
-                f"shape of {original} in the checkpoint: {list(tensor.shape)}, but config.json "
-                f"makes it {list(target.shape)}. The two don't belong together."
-            )
-        target.copy_(tensor)
-        report.loaded.add(name)
+        else:
+            _copy(original, tensor, target)
+            report.loaded.add(name)
+    for name, tensor in spare.items():
+        backbone, embeddings = tied[name]
+        # As in transformers: of tied weights a checkpoint may bring either one, and if it brings
+        # both and they differ, then they aren't tied.
+        if embeddings not in report.loaded:
+            _copy(name, tensor, targets[embeddings])
+            report.loaded.add(embeddings)
+        elif not torch.equal(tensor.to(targets[embeddings]), targets[embeddings]):
+            _copy(name, tensor, backbone.untie().weight.data)
+            report.loaded.add(name)
     report.missing = sorted(targets.keys() - report.loaded)
     return report
+
+
+def tied_heads(model: nn.Module) -> dict[str, tuple[Any, str]]:
+    """Names of the heads that backbones don't have: the backbone, and its embeddings' name."""
+    return {
+        f"{name}.lm_head.weight".lstrip("."): (module, f"{name}.embed_tokens.weight".lstrip("."))
+        for name, module in model.named_modules()
+        if hasattr(module, "untie") and module.lm_head is None
+    }
+
+
+def _copy(name: str, tensor: Tensor, target: Tensor) -> None:
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise StartupError(
+            f"dtype of {name} in the checkpoint is not supported: {tensor.dtype}. "
+            "Use a checkpoint that isn't quantised."
+        )
+    if target.shape != tensor.shape:
+        raise StartupError(
+            f"shape of {name} in the checkpoint: {list(tensor.shape)}, but config.json "
+            f"makes it {list(target.shape)}. The two don't belong together."
+        )
+    target.copy_(tensor)
 
 
 def fill_random(model: nn.Module, seed: int) -> None:

@@ -164,7 +164,7 @@ async def _start_engine(
     from mm_engine.engine.client import EngineClient
 
     profile = await asyncio.to_thread(pipeline.dummy_request)
-    starting = asyncio.create_task(EngineClient.start(config, profile))
+    starting = asyncio.create_task(EngineClient.start(config, profile, pipeline.plugin.record))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

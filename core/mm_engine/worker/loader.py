@@ -20,6 +20,7 @@ from mm_engine.models.layers import pack_linears
 from mm_engine.models.weights import fill_random
 from mm_engine.plugins.discovery import demos, find, load
 from mm_engine.plugins.plugin import Plugin
+from mm_engine.plugins.record import PluginRecord
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,16 +35,20 @@ class OpenedModel:
     eos_token_ids: tuple[int, ...]
 
 
-def open_model(config: EngineConfig) -> OpenedModel:
+def open_model(config: EngineConfig, record: PluginRecord | None = None) -> OpenedModel:
     """Read what `config.model` is and load the plugin that owns its architecture.
+
+    With `record` it is the plugin that another process found, and no other.
 
     Raises:
         StartupError: no such checkpoint, no plugin for it, or options that contradict it.
     """
     bundled = demos()
     path = bundled[config.model] if config.model in bundled else checkpoint.locate(config.model)
+    record = record or find(checkpoint.read_architecture(path), config.plugins)
+    plugin = load(record, timeout=config.hook_timeout)
+    # After its plugin, which may bring the config's class.
     hf_config, architecture = checkpoint.read_config(path)
-    plugin = load(find(architecture, config.plugins), timeout=config.hook_timeout)
     tokenizer = checkpoint.read_tokenizer(path)
     ctx = ModelContext(
         hf_config=hf_config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from mm_engine.attention.torch_sdpa import TorchAttention
 from mm_engine.config import EngineConfig
 from mm_engine.errors import MMEngineError, StartupError
 from mm_engine.outputs import ErrorInfo
-from mm_engine.request import Request
+from mm_engine.request import Item, Request
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence
 from mm_engine.sequence import Sequence as EngineSequence
 from mm_engine.worker.batch import ForwardBatch, build_batch
@@ -21,6 +22,10 @@ from mm_engine.worker.encoder import Encoder
 from mm_engine.worker.loader import OpenedModel, load_model, pick_device
 from mm_engine.worker.memory import DeviceMemory
 from mm_engine.worker.sampler import Sampler
+
+NOT_FINITE = ErrorInfo(
+    "PluginError", "the model's hidden states hold NaN or infinity for this request."
+)
 
 
 class ModelRunner:
@@ -79,6 +84,8 @@ class ModelRunner:
             PluginError: the plugin's encoder broke its contract on its own dummy data.
         """
         for request in requests:
+            for item in request.items:
+                self._check_keywords(item)
             # A step never holds more tokens than this; a long dummy is run in such chunks.
             sequence = EngineSequence(request)
             num_blocks = -(-sequence.num_tokens // self.block_size)
@@ -96,11 +103,24 @@ class ModelRunner:
             self.encoder.drop([item.content_key for item in request.items])
         self.kv_caches = []
 
+    def _check_keywords(self, item: Item) -> None:
+        """Raise `PluginError` unless the model's method takes the mapper's tensors as keywords."""
+        method = f"embed_{item.modality}s"
+        if not callable(getattr(self.model, method, None)):
+            raise self.opened.plugin.blame(method, "expected a method of the model, got none")
+        signature = inspect.signature(getattr(self.model, method))
+        try:
+            signature.bind(**item.tensors)
+        except TypeError:
+            fact = f"expected the mapper's tensors {sorted(item.tensors)} as keywords"
+            got = f"got {list(signature.parameters)}"
+            raise self.opened.plugin.blame(method, f"{fact}, {got}") from None
+
     def run(self, batch: ScheduledBatch) -> list[SampledToken]:
         """Run one step; the result is aligned with `batch.sequences`.
 
-        A sequence whose image can't be encoded, or whose logits hold NaN, gets an error; the
-        others run on without it.
+        A sequence whose image can't be encoded, or whose hidden states or logits hold NaN, gets
+        an error; the others run on without it.
         """
         with torch.inference_mode():
             self.encoder.drop(batch.evict)
@@ -123,6 +143,14 @@ class ModelRunner:
                 self.device,
             )
             hidden = self._forward(forward)
+            # A chunk that samples nothing is looked at too: its sequence may end before one that
+            # does, and whoever gets its blocks then would read NaN from them.
+            finite = hidden.isfinite().all(-1)
+            if not bool(finite.all()):
+                for i, rows in enumerate(finite.split(forward.metadata.query_lens)):
+                    if not bool(rows.all()):
+                        results[running[i]] = SampledToken(error=NOT_FINITE)
+                        self._clean(forward.scheduled[i].sequence)
             if not forward.sampled:
                 return results
             logits = self.model.compute_logits(hidden[forward.sampled_rows])
@@ -130,7 +158,8 @@ class ModelRunner:
             for i, token in zip(
                 forward.sampled, self.sampler.sample(logits, sequences), strict=True
             ):
-                results[running[i]] = token
+                if results[running[i]].error is None:
+                    results[running[i]] = token
                 if token.error is not None:
                     self._clean(forward.scheduled[i].sequence)
             return results

@@ -33,11 +33,11 @@ class Sampler:
     def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> list[SampledToken]:
         """One token for each row of `logits` `[N, vocab]`; `sequences[i]` owns row i.
 
-        A row with NaN fails its own sequence. Log-probabilities are the model's, before
+        A row with NaN or infinity fails its own sequence. Log-probabilities are the model's, before
         penalties, temperature and cuts.
         """
         logits = logits.float()
-        broken = logits.isnan().any(-1)
+        broken = ~logits.amax(-1).isfinite()  # NaN and infinity; single -inf are fine
         any_broken = bool(broken.any())
         if any_broken:
             logits = logits.masked_fill(broken[:, None], 0.0)
@@ -55,7 +55,9 @@ class Sampler:
         if raw is not None:
             self._report(raw, chosen, wants_logprobs, params, sampled)
         if any_broken:
-            error = ErrorInfo("PluginError", "the model's logits hold NaN for this request.")
+            error = ErrorInfo(
+                "PluginError", "the model's logits hold NaN or infinity for this request."
+            )
             for i in broken.nonzero().flatten().tolist():
                 sampled[i] = SampledToken(error=error)
         return sampled
@@ -66,8 +68,9 @@ class Sampler:
             if seed is None:
                 self.num_unseeded += 1
                 seed = (self.seed * 0x9E3779B97F4A7C15 + self.num_unseeded) % 2**63
-            generator = torch.Generator().manual_seed(seed + sequence.index)
-            sequence.sampler_state = SamplerState(generator)
+            else:
+                seed += sequence.index
+            sequence.sampler_state = SamplerState(torch.Generator().manual_seed(seed))
         state: SamplerState = sequence.sampler_state
         return state
 

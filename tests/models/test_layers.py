@@ -1,0 +1,94 @@
+"""Fused and packed linear layers compute what plain ones do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mm_engine.models.layers import Linear, pack_linears
+from mm_engine.models.weights import load_into, weight_targets
+
+needs_bfloat16 = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="this CPU (or build of PyTorch) has no bfloat16 layout to pack into",
+)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = Linear(24, {"first": 10, "second": 6}, bias=True)
+        self.last = Linear(24, 5)
+
+
+def make_layer(out: int | dict[str, int], *, bias: bool) -> Linear:
+    layer, generator = Linear(64, out, bias=bias), torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.data.normal_(0.0, 0.2, generator=generator)
+    return layer
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_parts_of_a_fused_layer_are_loaded_by_their_own_names() -> None:
+    block = nn.ModuleDict({"block": Block()})
+    weights = {name: noise(*tensor.shape) for name, tensor in weight_targets(block).items()}
+    assert sorted(weights) == [
+        "block.first.bias",
+        "block.first.weight",
+        "block.last.weight",
+        "block.second.bias",
+        "block.second.weight",
+    ]
+    weights["block.second.weight"] += 1
+    report = load_into(block, weights.items(), {})
+    assert report.loaded == set(weights) and not report.missing and not report.unused
+    x = noise(3, 24)
+    expected = [
+        nn.functional.linear(x, weights[f"block.{part}.weight"], weights[f"block.{part}.bias"])
+        for part in ("first", "second")
+    ]
+    torch.testing.assert_close(block["block"].fused(x), torch.cat(expected, dim=-1))
+
+
+def test_the_report_names_what_was_missing_and_what_was_not_used() -> None:
+    block = nn.ModuleDict({"block": Block()})
+    pairs = [("old.last.weight", noise(5, 24)), ("block.third.weight", noise(2))]
+    report = load_into(block, pairs, {"old.": "block.", "block.": "never."})
+    assert report.loaded == {"block.last.weight"}
+    assert report.unused == ["block.third.weight"]
+    assert "block.first.bias" in report.missing and "block.last.weight" not in report.missing
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("num_rows", [1, 7, 33])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_a_packed_layer_computes_what_the_plain_one_does(bias: bool, num_rows: int) -> None:
+    layer = make_layer({"first": 40, "second": 23}, bias=bias).bfloat16()
+    x = noise(num_rows, 64).bfloat16()
+    with torch.inference_mode():
+        plain = layer(x)
+        layer.pack()
+        packed = layer(x)
+    assert layer.packed is not None
+    assert packed.dtype == torch.bfloat16 and packed.shape == plain.shape
+    torch.testing.assert_close(packed, plain, rtol=2e-2, atol=2e-2)
+
+
+@needs_bfloat16
+def test_packing_gives_the_plain_weight_up() -> None:
+    block = Block().bfloat16()
+    pack_linears(block)
+    assert block.fused.weight.numel() == 0 and block.last.weight.numel() == 0
+    assert block.fused.packed is not None and block.last.packed is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_other_dtypes_stay_as_they_are(dtype: torch.dtype) -> None:
+    layer = make_layer(8, bias=False).to(dtype)
+    before = layer.weight.clone()
+    layer.pack()
+    assert layer.packed is None and torch.equal(layer.weight, before)

@@ -1,0 +1,81 @@
+"""A tower gives transformers' hidden states and holds no layer past those that are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from checkpoints import IMAGE_SIZE, TOWERS, vision_config
+from mm_engine.errors import StartupError
+from mm_engine.models.vision import build_vision_tower, resolve_layers, tower_features
+
+LAYERS: list[int | list[int]] = [0, 1, -1, -2, 3, [0, -2], [-1, 1], [-3, -1, 2]]
+
+
+def randomise(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0.1, 0.3, generator=generator)
+
+
+def full_tower(kind: str) -> Any:
+    tower = AutoModel.from_config(vision_config(kind), attn_implementation="sdpa").eval()
+    randomise(tower)
+    return tower
+
+
+@pytest.mark.parametrize("layers", LAYERS, ids=str)
+@pytest.mark.parametrize("kind", TOWERS)
+def test_features_are_transformers_hidden_states(kind: str, layers: int | list[int]) -> None:
+    full = full_tower(kind)
+    trimmed: Any = build_vision_tower(vision_config(kind), layers)
+    missing, _ = trimmed.load_state_dict(full.state_dict(), strict=False)
+    assert not missing
+    pixels = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        states = full(pixels, output_hidden_states=True).hidden_states
+    assert len(states) == 4
+    picked = [layers] if isinstance(layers, int) else layers
+    got = tower_features(trimmed, pixels)
+    assert len(got) == len(picked)
+    for layer, features in zip(picked, got, strict=True):
+        torch.testing.assert_close(features, states[layer], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "depth"), [(0, 0), (1, 1), (-2, 2), (-1, 3), ([0, 1], 1)], ids=str
+)
+@pytest.mark.parametrize("kind", TOWERS)
+def test_the_tower_ends_with_the_last_layer_that_is_read(
+    kind: str, layers: int | list[int], depth: int
+) -> None:
+    config = vision_config(kind)
+    tower: Any = build_vision_tower(config, layers)
+    assert len(tower.encoder.layers) == depth
+    assert config.num_hidden_layers == 3  # the caller's config stays as it is
+    names = [name for name, _ in tower.named_parameters()]
+    assert names and not any("post_layernorm" in name or "head." in name for name in names)
+    assert not tower.training
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
+
+
+def test_pixels_take_the_dtype_of_the_tower() -> None:
+    tower: Any = build_vision_tower(vision_config("clip"), -2).bfloat16()
+    randomise(tower)
+    (features,) = tower_features(tower, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+    assert features.dtype == torch.bfloat16 and features.isfinite().all()
+
+
+@pytest.mark.parametrize("layer", [4, -5, [0, 4], 99])
+def test_a_layer_out_of_range_is_refused(layer: int | list[int]) -> None:
+    with pytest.raises(StartupError, match="out of range: -?[0-9]+ of a tower with 4 hidden"):
+        build_vision_tower(vision_config("clip"), layer)
+
+
+def test_layers_count_from_either_end() -> None:
+    assert resolve_layers(vision_config("clip"), [0, 3, -1, -4, -2]) == [0, 3, 3, 0, 2]

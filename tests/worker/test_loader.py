@@ -1,0 +1,194 @@
+"""Options and checkpoint together decide dtype, device and length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlavaConfig
+
+from checkpoints import make_llava, text_config, vision_config
+from mm_engine.config import EngineConfig
+from mm_engine.errors import PluginError, StartupError
+from mm_engine.models.layers import Linear
+from mm_engine.worker.loader import (
+    load_model,
+    open_model,
+    pick_device,
+    pick_dtype,
+    pick_max_model_len,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in bfloat16."""
+    return make_llava(tmp_path_factory.mktemp("saved"), dtype=torch.bfloat16)
+
+
+def options(**changes: Any) -> EngineConfig:
+    return EngineConfig(**{"model": "m", "device": "cpu", "progress": False, **changes})
+
+
+def hf_config(dtype: torch.dtype | None = None, *, nested: torch.dtype | None = None) -> Any:
+    text = text_config("llama", dtype=nested)
+    return LlavaConfig(text_config=text, vision_config=vision_config("clip"), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("own", "nested", "picked"),
+    [
+        (torch.float32, None, torch.float32),
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.float16, None, torch.bfloat16),  # few CPUs compute in float16
+        (None, torch.float32, torch.float32),
+        (None, torch.float16, torch.bfloat16),
+        (None, None, torch.bfloat16),
+        (torch.float64, None, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+def test_auto_is_the_checkpoints_dtype_if_a_cpu_computes_in_it(
+    own: torch.dtype | None, nested: torch.dtype | None, picked: torch.dtype
+) -> None:
+    assert pick_dtype(options(), hf_config(own, nested=nested)) == picked
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_a_dtype_asked_for_wins(name: str) -> None:
+    picked = pick_dtype(options(dtype=name), hf_config(torch.bfloat16))
+    assert picked == getattr(torch, name)
+
+
+def test_a_dtype_that_is_not_known_is_refused() -> None:
+    with pytest.raises(StartupError, match="dtype is not known: int8. Use auto, float32"):
+        pick_dtype(options(dtype="int8"), hf_config())
+
+
+def test_auto_device_is_cuda_where_there_is_one() -> None:
+    wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    assert pick_device(options(device="auto")).type == wanted
+    assert pick_device(options(device="cpu")).type == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_is_refused_where_there_is_none() -> None:
+    with pytest.raises(StartupError, match="device is not available: cuda. Use --device cpu"):
+        pick_device(options(device="cuda"))
+
+
+def test_a_device_that_is_not_known_is_refused() -> None:
+    with pytest.raises(StartupError, match="device is not known: tpu. Use auto, cpu or cuda"):
+        pick_device(options(device="tpu"))
+
+
+def test_the_length_is_the_models_or_less() -> None:
+    config = hf_config()  # 512 positions
+    assert pick_max_model_len(options(), config) == 512
+    assert pick_max_model_len(options(max_model_len=512), config) == 512
+    assert pick_max_model_len(options(max_model_len=1), config) == 1
+
+
+@pytest.mark.parametrize("length", [0, -1, 513])
+def test_a_length_that_the_model_has_no_positions_for_is_refused(length: int) -> None:
+    with pytest.raises(StartupError, match=f"out of range: {length}. .* from 1 to 512 tokens"):
+        pick_max_model_len(options(max_model_len=length), hf_config())
+
+
+def test_an_opened_model_says_what_was_chosen(saved: Path) -> None:
+    opened = open_model(options(model=str(saved), max_model_len=100))
+    assert opened.ctx.architecture == "LlavaForConditionalGeneration"
+    assert opened.ctx.dtype == torch.bfloat16
+    assert opened.ctx.max_model_len == 100
+    assert opened.ctx.limits == {"image": 8}
+    assert opened.eos_token_ids == (2,)
+    assert opened.plugin.record.distribution == "mm-llava"
+
+
+def test_limits_asked_for_are_the_contexts(saved: Path) -> None:
+    opened = open_model(options(model=str(saved), limit_mm_per_prompt={"image": 2}))
+    assert opened.ctx.limits == {"image": 2}
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_the_model_is_built_in_the_dtype_and_leaves_pytorchs_default(
+    name: str, saved: Path
+) -> None:
+    config = options(model=str(saved), dtype=name)
+    loaded = load_model(open_model(config), CPU)
+    assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, name)}
+    assert torch.get_default_dtype() == torch.float32
+    assert not loaded.model.training
+    assert loaded.seconds > 0
+
+
+def test_parameters_are_counted_before_packing(saved: Path) -> None:
+    plain, packed = (
+        load_model(open_model(options(model=str(saved), dtype=name)), CPU)
+        for name in ("float32", "bfloat16")
+    )
+    assert plain.num_parameters == sum(p.numel() for p in plain.model.parameters())
+    assert packed.num_parameters == plain.num_parameters
+
+
+@pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="this CPU (or build of PyTorch) has no bfloat16 layout to pack into",
+)
+def test_bfloat16_layers_are_packed_once_loaded(saved: Path) -> None:
+    model = load_model(open_model(options(model=str(saved), dtype="bfloat16")), CPU).model
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    assert len(linears) == 9
+    assert all(layer.packed is not None for layer in linears)
+
+
+def test_a_load_format_that_is_not_known_is_refused(saved: Path) -> None:
+    opened = open_model(options(model=str(saved), load_format="gguf"))
+    with pytest.raises(StartupError, match="load format is not known: gguf. Use auto or dummy"):
+        load_model(opened, CPU)
+
+
+ONE_FILE = """
+from mm_engine.plugins import hookimpl
+from torch import nn
+architectures = ["LlavaForConditionalGeneration"]
+
+class Model(nn.Module):
+    def __init__(self, ctx):
+        super().__init__()
+        {body}
+
+@hookimpl
+def model_class(ctx):
+    return Model
+
+@hookimpl
+def max_tokens(ctx, modality):
+    return 4
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "fact"),
+    [
+        ("raise ValueError('no such layer')", r"Model\(ctx\) raised ValueError: no such layer"),
+        ("pass", "expected an nn.Module with SupportsVision, got Model"),
+    ],
+    ids=["raises", "no-mixin"],
+)
+def test_a_class_that_can_not_be_served_is_blamed_on_its_plugin(
+    body: str, fact: str, saved: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "my_model.py"
+    file.write_text(ONE_FILE.format(body=body))
+    opened = open_model(options(model=str(saved), plugins=(str(file),)))
+    assert issubclass(opened.plugin.model_class(opened.ctx), nn.Module)
+    with pytest.raises(PluginError, match=r"my_model\.py.* · model_class .*" + fact):
+        load_model(opened, CPU)
+    assert torch.get_default_dtype() == torch.float32
