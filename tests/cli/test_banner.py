@@ -8,12 +8,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mm_engine.cli.banner import curl_line
 from mm_engine.cli.model_choice import model_names
 from mm_engine.plugins.discovery import demos
-from pictures import quarters
 from serving import ServerProcess
 
 
@@ -22,7 +23,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint's folder with a picture, at a path that a shell would split."""
     copy = tmp_path_factory.mktemp("it's a path") / "my model"
     shutil.copytree(min(demos().items())[1], copy)
-    quarters(96, 96).save(copy / "example.png")
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(copy / "example.png")
+    assert (copy / "example.png").stat().st_size > 2**17  # more than Linux takes as one argument
     return copy
 
 
@@ -42,7 +45,7 @@ def test_it_says_what_is_served_by_whom_and_how_much_fits(server: ServerProcess)
 
 
 def test_the_curl_line_works_when_pasted(server: ServerProcess) -> None:
-    (line,) = (line for line in server.output.splitlines() if line.startswith("curl "))
+    (line,) = (line for line in server.output.splitlines() if " curl -s " in line)
     done = subprocess.run(
         ["sh", "-c", line], capture_output=True, text=True, timeout=60, check=True
     )

@@ -43,7 +43,10 @@ def print_banner(started: Started) -> None:
 
 
 def curl_line(url: str, model: str, picture: Path, *, key: bool = False) -> str:
-    """A command for a POSIX shell (Linux, macOS) that asks about `picture`."""
+    """A line for a POSIX shell (Linux, macOS) that asks about `picture`.
+
+    The body goes through a pipe: as an argument, Linux takes no picture of over 96 KB.
+    """
     mark = "PICTURE"
     parts = [
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{mark}"}},
@@ -51,11 +54,11 @@ def curl_line(url: str, model: str, picture: Path, *, key: bool = False) -> str:
     ]
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": parts}]})
     before, after = (shlex.quote(half) for half in body.split(mark))
-    encoded = f"$(base64 < {shlex.quote(str(picture))} | tr -d '\\n')"
+    encoded = f"base64 < {shlex.quote(str(picture))} | tr -d '\\n'"
     header = ' -H "Authorization: Bearer $MM_ENGINE_API_KEY"' if key else ""
     return (
-        f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json'{header}"
-        f" -d {before}{encoded}{after}"
+        f"{{ printf %s {before}; {encoded}; printf %s {after}; }} |"
+        f" curl -s {url}/v1/chat/completions -H 'Content-Type: application/json'{header} -d @-"
     )
 
 
