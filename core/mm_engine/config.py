@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_engine.errors import StartupError
+
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -37,6 +39,28 @@ class EngineConfig:
     plugins: tuple[str, ...] = ()  # `--plugin`: `Architecture=distribution`, or a path to one file
     hook_timeout: float = 30.0  # seconds that one call of a plugin's mapper or processor may take
     progress: bool = True  # progress bars on stderr
+
+    def __post_init__(self) -> None:
+        """Refuse what no engine could run with.
+
+        Raises:
+            StartupError: naming the option and its value.
+        """
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory"):
+            value = getattr(self, name)
+            if not (value is None and name == "kv_cache_memory"):
+                _check(type(value) is int and value >= 1, name, value, "a positive integer")
+        share = self.memory_utilization
+        ok = isinstance(share, int | float) and 0 < share <= 1
+        _check(ok, "memory_utilization", share, "a number above 0 and up to 1")
+        for modality, limit in self.limit_mm_per_prompt.items():
+            ok = type(limit) is int and limit >= 0
+            _check(ok, f"limit_mm_per_prompt of {modality}", limit, "an integer of at least 0")
+
+
+def _check(ok: bool, name: str, value: object, wanted: str) -> None:
+    if not ok:
+        raise StartupError(f"{name} is out of range: {value!r}. Give {wanted}.")
 
 
 @dataclass(frozen=True, slots=True)

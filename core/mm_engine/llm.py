@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -91,8 +90,14 @@ class LLM:
         Raises:
             RequestError: a conversation is at fault; none has been run then.
         """
-        single = bool(messages) and isinstance(messages[0], Mapping)
-        conversations: Any = [messages] if single or not messages else messages
+        several = isinstance(messages, list | tuple) and all(
+            isinstance(conversation, list | tuple) for conversation in messages
+        )
+        conversations: Any = messages if messages and several else [messages]
+        if not all(isinstance(conversation, list | tuple) for conversation in conversations):
+            raise RequestError(
+                "messages must be a list of messages, or several such lists.", param="messages"
+            )
         prepared = [
             self.pipeline.prepare_chat(
                 self._with_images(conversation),
@@ -138,6 +143,8 @@ class LLM:
             # Ctrl-C, or a request that the engine refuses: leave nothing running behind.
             for request in requests:
                 self.engine.abort(request.request_id, notify=False)
+            while self.engine.has_work:
+                self.engine.step()  # what has ended gives its blocks back when a step is planned
             raise
         return list(results.values())
 
@@ -179,30 +186,42 @@ class LLM:
         images = iter(load_images(sources, limits))
         decoded: list[Message] = []
         for message in messages:
-            content = message.get("content")
-            if isinstance(content, list | tuple):
+            content = _parts(message)
+            if content:
                 content = [
                     {"type": "image", "image": next(images)}
                     if isinstance(part, Mapping) and part.get("type") == "image_url"
                     else part
                     for part in content
                 ]
-            decoded.append({**message, "content": content})
+                message = {**message, "content": content}
+            decoded.append(message)
         return decoded
 
 
-def _parts(message: Message) -> Sequence[Any]:
-    content = message.get("content")
+def _parts(message: Any) -> Sequence[Any]:
+    """The content parts of a message; what is no message is refused when it is rendered."""
+    content = message.get("content") if isinstance(message, Mapping) else None
     return content if isinstance(content, list | tuple) else ()
 
 
-def _inputs(prompt: str | Prompt) -> PromptInputs:
+def _inputs(prompt: Any) -> PromptInputs:
+    """One prompt of `LLM.generate`; what its parts must be is the pipeline's affair."""
     if isinstance(prompt, str):
         return PromptInputs(prompt=prompt)
+    given = prompt.get("multi_modal_data") or {} if isinstance(prompt, Mapping) else None
+    if not isinstance(given, Mapping):
+        raise RequestError(
+            "a prompt must be a str, or a dict with prompt or prompt_token_ids, and with "
+            f"multi_modal_data as a dict: got {type(prompt).__name__}.",
+            param="prompt",
+        )
     ids = prompt.get("prompt_token_ids")
+    if ids is not None and not isinstance(ids, Sequence):
+        ids = ids.tolist() if hasattr(ids, "tolist") else [ids]  # an array, a tensor
     data = {
-        modality: (items,) if isinstance(items, Image.Image) else tuple(items)
-        for modality, items in (prompt.get("multi_modal_data") or {}).items()
+        modality: tuple(items) if isinstance(items, list | tuple) else (items,)
+        for modality, items in given.items()
         if items is not None
     }
     return PromptInputs(

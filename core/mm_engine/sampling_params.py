@@ -76,7 +76,7 @@ class SamplingParams:
             _check(ok, name, f"must be a number from {low:g} to {high:g}")
         _check(self.top_p > 0, "top_p", "must be greater than 0")
         _check(self.repetition_penalty > 0, "repetition_penalty", "must be greater than 0")
-        ok = _is_int(self.top_k) and self.top_k >= -1
+        ok = _is_int(self.top_k) and -1 <= self.top_k < 2**63
         _check(ok, "top_k", "must be -1, 0 (both: all tokens) or a positive integer")
         ok = self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63 - MAX_N)
         _check(ok, "seed", "must be a 64-bit integer")

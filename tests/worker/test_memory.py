@@ -65,3 +65,21 @@ def test_the_highest_of_several_peaks_counts() -> None:
     with device.measured():
         pass
     assert device.peak == 2**62
+
+
+def test_pages_of_files_that_were_read_give_way(cgroup: Path) -> None:
+    """Weights that were just read lie in the page cache, which counts as the container's."""
+    limit(cgroup, str(100 * MIB), 90 * MIB)
+    (cgroup / "memory.stat").write_text(f"anon {MIB}\ninactive_file {60 * MIB}\nslab 5\n")
+    assert available_ram() == 70 * MIB
+    (cgroup / "memory.stat").write_text(f"anon {MIB}\nslab 5\n")
+    assert available_ram() == 10 * MIB
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only: clear_refs")
+def test_what_loading_took_is_not_counted() -> None:
+    torch.ones(64 * MIB)  # 256 MiB, freed at once
+    device = DeviceMemory(CPU, 0.9)
+    with device.measured():
+        pass
+    assert device.peak < 64 * MIB

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateSyntaxError
 
 from mm_engine.config import ModelContext
 from mm_engine.errors import RequestError, StartupError
@@ -28,37 +28,49 @@ ROLE = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 def read_template(ctx: ModelContext, given: str | None) -> str | None:
     """The chat template: `given` (the text, or a path to it), else the checkpoint's own, or None.
 
+    The processor's legacy file comes before the tokenizer's template, which in many checkpoints
+    is the text backbone's and knows no images. The new file, chat_template.jinja, is both's.
+
     Raises:
-        StartupError: `given` looks like a path and there is no such file.
+        StartupError: there is no such file, or it can't be read.
     """
     if given is not None:
         if "{" in given or "\n" in given:
             return given
+        return _read(Path(given), "Give a Jinja file's path, or the template itself.")
+    legacy = ctx.checkpoint / "chat_template.json"
+    if legacy.is_file() and not legacy.with_suffix(".jinja").is_file():
+        text = _read(legacy, "Correct it, or give another: --chat-template.")
         try:
-            return Path(given).expanduser().read_text()
-        except OSError as error:
+            return str(json.loads(text)["chat_template"])
+        except (ValueError, KeyError, TypeError) as error:
             raise StartupError(
-                f"chat template can't be read: {given} ({error.strerror}). "
-                "Give a Jinja file's path, or the template itself."
+                f"chat template can't be read: {legacy} ({type(error).__name__}). "
+                "Correct it, or give another: --chat-template."
             ) from error
     own = ctx.tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default")
-    if own:
-        return str(own)
-    jinja, legacy = ctx.checkpoint / "chat_template.jinja", ctx.checkpoint / "chat_template.json"
-    if jinja.is_file():
-        return jinja.read_text()
-    if legacy.is_file():
-        return str(json.loads(legacy.read_text())["chat_template"])
-    return None
+    return str(own) if own else None
+
+
+def _read(path: Path, remedy: str) -> str:
+    try:
+        return path.expanduser().read_text("utf-8")
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~name of nobody
+        cause = getattr(error, "strerror", None) or type(error).__name__
+        raise StartupError(f"chat template can't be read: {path} ({cause}). {remedy}") from error
 
 
 class ChatRenderer:
     """Renders messages with one template and tokenizes the result."""
 
     def __init__(self, ctx: ModelContext, template: str | None, image_text: str) -> None:
-        """`image_text` stands for an image where the template takes strings only."""
+        """`image_text` stands for an image where the template takes strings only.
+
+        Raises:
+            RequestError: `template` is not valid Jinja.
+        """
         self.tokenizer: Any = ctx.tokenizer
         # One of its own: transformers keeps split_special_tokens in the tokenizer, and another
         # thread's image token would be split too.
@@ -94,7 +106,9 @@ class ChatRenderer:
         text, spans = _unmark(rendered)
         bos = self.tokenizer.bos_token
         # As transformers' processors do: a template that writes the BOS token is taken at its word.
-        add_special = not (bos and text.startswith(bos))
+        # One that the user typed is text, and begins nothing.
+        typed = any(start == 0 for start, _ in spans)
+        add_special = typed or not (bos and text.startswith(bos))
         encoding = self.tokenizer(
             text, add_special_tokens=add_special, return_offsets_mapping=bool(spans)
         )
@@ -102,10 +116,12 @@ class ChatRenderer:
             return text, tuple(encoding["input_ids"])
         return text, self._as_text(text, spans, encoding)
 
-    def _message(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    def _message(self, index: int, message: Any) -> dict[str, Any]:
         """One message as the template takes it, with special tokens marked."""
-        role, content = message.get("role"), message.get("content")
         param = f"messages.{index}"
+        if not isinstance(message, Mapping):
+            raise RequestError("a message must be a mapping with role and content.", param=param)
+        role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not ROLE.fullmatch(role):
             raise RequestError("role must be a word such as user.", param=f"{param}.role")
         if isinstance(content, str) or content is None:
@@ -161,14 +177,12 @@ class ChatRenderer:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            KeyError,
-            IndexError,
-            AttributeError,
-        ) as error:
+        except TemplateSyntaxError as error:
+            raise RequestError(
+                f"the chat template is not valid Jinja: {error} (line {error.lineno}). Correct it.",
+                param="chat_template",
+            ) from error
+        except Exception as error:  # a template is a program: it may raise anything
             raise RequestError(
                 f"the chat template refuses these messages: {error}.", param="messages"
             ) from error
@@ -181,7 +195,9 @@ class ChatRenderer:
         parts = [{"type": "image"}, {"type": "text", "text": PROBE}]
         try:
             rendered = self._render([{"role": "user", "content": parts}], True)
-        except RequestError:
+        except RequestError as error:
+            if error.param == "chat_template":
+                raise
             return False
         return PROBE in rendered and self.image_text in rendered and "'type'" not in rendered
 
@@ -209,9 +225,16 @@ class ChatRenderer:
 
     def _plain(self, text: str) -> list[int]:
         """Ids of a special token's characters."""
-        ids: list[int] = self._splitter(text, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
+
+        def split(text: str) -> list[int]:
+            ids: list[int] = self._splitter(
+                text, add_special_tokens=False, split_special_tokens=True
+            )["input_ids"]
+            return ids
+
+        # Behind a line's end, since tokenizers may put a space before what begins a text.
+        before, ids = split("\n"), split(f"\n{text}")
+        ids = ids[len(before) :] if ids[: len(before)] == before else split(text)
         if self.tokenizer.convert_tokens_to_ids(text) not in ids:
             return ids
         # Added, but not as a special token: only taking it apart keeps it from being found.
@@ -238,12 +261,16 @@ def _unmark(rendered: str) -> tuple[str, list[tuple[int, int]]]:
     """The text without marks, and where the marked parts are in it."""
     spans: list[tuple[int, int]] = []
     pieces: list[str] = []
-    length = start = 0
+    length = 0
+    start: int | None = None
     for piece in re.split(f"([{OPEN}{CLOSE}])", rendered):
         if piece == OPEN:
             start = length
         elif piece == CLOSE:
-            spans.append((start, length))
+            # A template may cut a message's text between its two marks: half a pair says nothing.
+            if start is not None:
+                spans.append((start, length))
+            start = None
         else:
             pieces.append(piece)
             length += len(piece)

@@ -40,7 +40,11 @@ class InputPipeline:
         self.vocab_size = int(opened.ctx.text_config.vocab_size)
         self._placeholder = placeholder_token_id(self.ctx)
         image_text = self.plugin.placeholder_text(self.ctx, "image", 0)
-        self.chat = ChatRenderer(self.ctx, read_template(self.ctx, chat_template), image_text)
+        template = read_template(self.ctx, chat_template)
+        try:
+            self.chat = ChatRenderer(self.ctx, template, image_text)
+        except RequestError as error:  # there is no request yet
+            raise StartupError(str(error)) from error
 
     def limit_length(self, num_tokens: int) -> None:
         """Take no request longer than `num_tokens`: what the KV cache turned out to hold."""
@@ -57,10 +61,7 @@ class InputPipeline:
         if (ids is None) == (inputs.prompt is None):
             raise RequestError("give either a prompt or prompt_token_ids.", param="prompt")
         if ids is None:
-            assert inputs.prompt is not None
             ids = self._tokenize(inputs.prompt)
-        else:
-            self._check_ids(ids)
         return self._expand(inputs.prompt, ids, inputs.multi_modal_data)
 
     def prepare_chat(
@@ -79,7 +80,7 @@ class InputPipeline:
         images = [
             part.get("image")
             for message in messages
-            if isinstance(message.get("content"), list | tuple)
+            if isinstance(message, Mapping) and isinstance(message.get("content"), list | tuple)
             for part in message["content"]
             if isinstance(part, Mapping) and part.get("type") == "image"
         ]
@@ -143,15 +144,15 @@ class InputPipeline:
             PluginError: the plugin broke its contract on its own data.
         """
         config = self.opened.config
+        limit = self.ctx.limits.get("image", 1)
+        if limit == 0:
+            return self._dummy(max(1, min(16, self.ctx.max_model_len - 1)), {})
         most = self.plugin.max_tokens(self.ctx, "image")
         if most >= self.ctx.max_model_len:
             raise StartupError(
                 f"an image takes up to {most} tokens, but max_model_len is "
                 f"{self.ctx.max_model_len}. Raise --max-model-len."
             )
-        limit = self.ctx.limits.get("image", 1)
-        if limit == 0:
-            return self._dummy(16, {})
         if pick_device(config).type == "cpu":
             return self._dummy(min(most + 16, self.ctx.max_model_len - 1), {"image": 1})
         seq_len = min(config.max_num_batched_tokens, self.ctx.max_model_len - 1)
@@ -163,15 +164,19 @@ class InputPipeline:
             prepared = self.prepare(inputs)
         except RequestError as error:
             raise self.plugin.blame("dummy_data", f"its own prompt was refused: {error}") from error
-        if len(prepared.prompt_token_ids) < seq_len:
+        num_tokens, most = len(prepared.prompt_token_ids), self.ctx.max_model_len
+        if not seq_len <= num_tokens <= most:
             raise self.plugin.blame(
-                "dummy_data",
-                f"expected at least {seq_len} tokens, got {len(prepared.prompt_token_ids)}",
+                "dummy_data", f"expected {seq_len} to {most} tokens, got {num_tokens}"
             )
         params = SamplingParams(max_tokens=1, temperature=0.0)
         return Request("profile", prepared.prompt_token_ids, params, prepared.items)
 
-    def _tokenize(self, prompt: str) -> tuple[int, ...]:
+    def _tokenize(self, prompt: Any) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            raise RequestError(
+                f"the prompt is not a text: {type(prompt).__name__}. Give a str.", param="prompt"
+            )
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
@@ -196,13 +201,16 @@ class InputPipeline:
     ) -> PreparedPrompt:
         if not ids:
             raise RequestError("the prompt is empty. Send at least one token.", param="prompt")
-        data = {modality: tuple(items) for modality, items in given.items() if items}
+        self._check_ids(ids)  # of texts too: a tokenizer may have more ids than the model
+        data: dict[str, tuple[Any, ...]] = {
+            modality: tuple(items) for modality, items in given.items() if items
+        }
         if not data and self._placeholder not in ids:
             return PreparedPrompt(prompt, ids)
         mapped: dict[str, tuple[Any, ...]] = {}
         keys: dict[str, list[str]] = {}
         for modality, items in data.items():
-            images = self._check_items(modality, items)
+            images = data[modality] = self._check_items(modality, items)
             mapper = self.plugin.mapper_key(self.ctx, modality)
             options = (mapper, self.plugin.label, str(self.ctx.checkpoint))
             keys[modality] = [content_key(modality, image, *options) for image in images]
@@ -220,7 +228,8 @@ class InputPipeline:
         )
         return PreparedPrompt(prompt, tuple(result.prompt_token_ids), placed)
 
-    def _check_items(self, modality: str, items: Sequence[Any]) -> list[Image.Image]:
+    def _check_items(self, modality: str, items: Sequence[Any]) -> tuple[Image.Image, ...]:
+        """The items as RGB."""
         limit = self.ctx.limits.get(modality)
         if limit is None:
             raise RequestError(
@@ -241,4 +250,10 @@ class InputPipeline:
                     "Open it with PIL.Image.open.",
                     param="multi_modal_data",
                 )
-        return [to_rgb(item) for item in items]
+        try:
+            return tuple(to_rgb(item) for item in items)
+        except (OSError, ValueError, SyntaxError) as error:  # PIL reads a file's pixels only now
+            raise RequestError(
+                f"{modality} can't be decoded: {type(error).__name__}. Give a whole picture.",
+                param="multi_modal_data",
+            ) from error

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mm_engine.errors import MMEngineError
+from mm_engine.plugins.blame import kind_of, one_line
 from mm_engine.plugins.plugin import Plugin
 from mm_engine.request import Item
 
@@ -61,15 +62,13 @@ class Encoder:
         try:
             with torch.inference_mode():
                 features = getattr(self.model, method)(**tensors)
-        except Exception as error:
-            fact = f"raised {type(error).__name__}: {error}"
-            raise self.plugin.blame(method, fact, error) from error
+        except (Exception, SystemExit) as error:  # a plugin doesn't end the engine
+            raise self.plugin.blame(method, f"raised {one_line(error)}", error) from error
         if isinstance(features, Tensor):
             features = list(features) if features.dim() == 3 else features
         if not isinstance(features, list | tuple) or len(features) != len(items):
-            got = (
-                f"{len(features)} of them" if isinstance(features, list | tuple) else type(features)
-            )
+            several = isinstance(features, list | tuple)
+            got = f"{len(features)} of them" if several else kind_of(features)
             raise self.plugin.blame(
                 method, f"expected {len(items)} tensors, one for each image, got {got}"
             )
@@ -77,17 +76,16 @@ class Encoder:
             self._check(method, item, rows) for item, rows in zip(items, features, strict=True)
         ]
         for item, rows in zip(items, checked, strict=True):
-            # A view of the batch's features would keep all of them in memory.
-            self.features[item.content_key] = rows.clone() if len(items) > 1 else rows
+            # A copy: a view of the batch's features would keep all of them in memory, and what
+            # a model returns it may write to again.
+            self.features[item.content_key] = rows.clone()
         self.num_encoded += len(items)
 
     def _check(self, method: str, item: Item, rows: Any) -> Tensor:
         wanted = [item.placeholder.length, self.hidden_size]
         what = f"{item.modality} {item.placeholder.item}"
         if not isinstance(rows, Tensor):
-            raise self.plugin.blame(
-                method, f"expected a tensor for {what}, got {type(rows).__name__}"
-            )
+            raise self.plugin.blame(method, f"expected a tensor for {what}, got {kind_of(rows)}")
         if list(rows.shape) != wanted:
             raise self.plugin.blame(
                 method, f"expected shape {wanted} for {what}, got {list(rows.shape)}"

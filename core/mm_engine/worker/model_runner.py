@@ -12,8 +12,9 @@ from torch import Tensor
 from mm_engine.attention.backend import Attention
 from mm_engine.attention.torch_sdpa import TorchAttention
 from mm_engine.config import EngineConfig
-from mm_engine.errors import MMEngineError, StartupError
+from mm_engine.errors import MMEngineError, PluginError, StartupError
 from mm_engine.outputs import ErrorInfo
+from mm_engine.plugins.blame import one_line
 from mm_engine.request import Item, Request
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence
 from mm_engine.sequence import Sequence as EngineSequence
@@ -22,10 +23,6 @@ from mm_engine.worker.encoder import Encoder
 from mm_engine.worker.loader import OpenedModel, load_model, pick_device
 from mm_engine.worker.memory import DeviceMemory
 from mm_engine.worker.sampler import Sampler
-
-NOT_FINITE = ErrorInfo(
-    "PluginError", "the model's hidden states hold NaN or infinity for this request."
-)
 
 
 class ModelRunner:
@@ -81,7 +78,7 @@ class ModelRunner:
         """Run the dummy `requests` whole, to see the peak of memory and check the plugin's counts.
 
         Raises:
-            PluginError: the plugin's encoder broke its contract on its own dummy data.
+            PluginError: the plugin's encoder or model broke its contract on its own dummy data.
         """
         for request in requests:
             for item in request.items:
@@ -98,7 +95,14 @@ class ModelRunner:
                         raise next(iter(errors.values()))
                 while sequence.num_uncomputed_tokens:
                     num_new = min(sequence.num_uncomputed_tokens, self.max_num_batched_tokens)
-                    self.run(ScheduledBatch((ScheduledSequence(sequence, num_new),)))
+                    batch = ScheduledBatch((ScheduledSequence(sequence, num_new),))
+                    try:
+                        (token,) = self.run(batch)
+                    except (Exception, SystemExit) as error:  # the model is a plugin's
+                        fact = f"raised {one_line(error)}"
+                        raise self.opened.plugin.blame("forward", fact, error) from error
+                    if token.error is not None:
+                        raise PluginError(token.error.message)
                     sequence.num_computed_tokens += num_new
             self.encoder.drop([item.content_key for item in request.items])
         self.kv_caches = []
@@ -124,7 +128,7 @@ class ModelRunner:
         """
         with torch.inference_mode():
             self.encoder.drop(batch.evict)
-            errors = self.encoder.encode(batch.encode) if batch.encode else {}
+            errors = self.encoder.encode(self._to_encode(batch))
             results = [SampledToken() for _ in batch.sequences]
             running: list[int] = []
             for i, scheduled in enumerate(batch.sequences):
@@ -143,25 +147,20 @@ class ModelRunner:
                 self.device,
             )
             hidden = self._forward(forward)
-            # A chunk that samples nothing is looked at too: its sequence may end before one that
-            # does, and whoever gets its blocks then would read NaN from them.
-            finite = hidden.isfinite().all(-1)
-            if not bool(finite.all()):
-                for i, rows in enumerate(finite.split(forward.metadata.query_lens)):
-                    if not bool(rows.all()):
-                        results[running[i]] = SampledToken(error=NOT_FINITE)
-                        self._clean(forward.scheduled[i].sequence)
-            if not forward.sampled:
-                return results
-            logits = self.model.compute_logits(hidden[forward.sampled_rows])
-            sequences = [forward.scheduled[i].sequence for i in forward.sampled]
-            for i, token in zip(
-                forward.sampled, self.sampler.sample(logits, sequences), strict=True
-            ):
-                if results[running[i]].error is None:
+            broken = _not_finite(hidden, forward.metadata.query_lens)
+            if forward.sampled:
+                logits = self.model.compute_logits(hidden[forward.sampled_rows])
+                sequences = [forward.scheduled[i].sequence for i in forward.sampled]
+                sampled = self.sampler.sample(logits, sequences)
+                for i, token in zip(forward.sampled, sampled, strict=True):
                     results[running[i]] = token
-                if token.error is not None:
-                    self._clean(forward.scheduled[i].sequence)
+                    if token.error is not None:
+                        broken.add(i)
+            for i in broken:
+                fact = "expected finite numbers for this request, got NaN or infinity"
+                blamed = self.opened.plugin.blame("compute_logits", fact)
+                results[running[i]] = SampledToken(error=ErrorInfo("PluginError", str(blamed)))
+                self._clean(forward.scheduled[i].sequence)
             return results
 
     def _forward(self, forward: ForwardBatch) -> Tensor:
@@ -179,15 +178,21 @@ class ModelRunner:
         )
         return hidden
 
+    def _to_encode(self, batch: ScheduledBatch) -> list[Item]:
+        """The items that the plan names, and those that a step which was cut short has lost."""
+        items = {item.content_key: item for item in batch.encode}
+        for scheduled in batch.sequences:
+            for item in _touched(scheduled):
+                if item.content_key not in self.encoder.features:
+                    items.setdefault(item.content_key, item)
+        return list(items.values())
+
     def _missing(
         self, scheduled: ScheduledSequence, errors: dict[str, MMEngineError]
     ) -> ErrorInfo | None:
         """The error of an item that this share touches and that has no features."""
-        for item in scheduled.sequence.request.items:
-            inside = (
-                item.placeholder.offset < scheduled.end and item.placeholder.end > scheduled.start
-            )
-            if inside and item.content_key in errors:
+        for item in _touched(scheduled):
+            if item.content_key in errors:
                 error = errors[item.content_key]
                 return ErrorInfo(type(error).__name__, str(error))
         return None
@@ -198,3 +203,24 @@ class ModelRunner:
         for key_cache, value_cache in self.kv_caches:
             key_cache[blocks] = 0
             value_cache[blocks] = 0
+
+
+def _touched(scheduled: ScheduledSequence) -> list[Item]:
+    """The items of which some rows fall into this share."""
+    return [
+        item
+        for item in scheduled.sequence.request.items
+        if item.placeholder.offset < scheduled.end and item.placeholder.end > scheduled.start
+    ]
+
+
+def _not_finite(hidden: Tensor, query_lens: list[int]) -> set[int]:
+    """Which shares of a step hold NaN or infinity.
+
+    A chunk that samples nothing is looked at too: its sequence may end before one that does, and
+    whoever gets its blocks then would read NaN from them.
+    """
+    finite = hidden.isfinite().all(-1)
+    if bool(finite.all()):
+        return set()
+    return {i for i, rows in enumerate(finite.split(query_lens)) if not bool(rows.all())}

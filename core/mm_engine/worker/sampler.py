@@ -195,5 +195,6 @@ def cut_top(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     mass = ordered.cumsum(-1)
     # Mass before a token, as a share of what top_k left; the first token always stays.
     before = (mass - ordered) / mass[:, -1:]
-    ordered = ordered.masked_fill((before >= top_p) & (ranks > 0), 0.0)
+    # Rounded sums reach 1 before the end: a row that isn't to be cut must be left alone.
+    ordered = ordered.masked_fill((before >= top_p) & (ranks > 0) & (top_p < 1.0), 0.0)
     return torch.zeros_like(probs).scatter_(1, ids, ordered)

@@ -1,0 +1,55 @@
+"""Options that no engine could run with are refused before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mm_engine.config import EngineConfig
+from mm_engine.errors import StartupError
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 0},
+        {"max_num_seqs": -1},
+        {"max_num_seqs": 1.5},
+        {"max_num_seqs": True},
+        {"max_num_batched_tokens": 0},
+        {"max_num_batched_tokens": None},
+        {"block_size": 0},
+        {"block_size": "16"},
+        {"kv_cache_memory": 0},
+        {"kv_cache_memory": -5},
+        {"memory_utilization": 0},
+        {"memory_utilization": 1.01},
+        {"memory_utilization": float("nan")},
+        {"memory_utilization": "half"},
+        {"limit_mm_per_prompt": {"image": -1}},
+        {"limit_mm_per_prompt": {"image": 1.5}},
+    ],
+    ids=str,
+)
+def test_an_option_out_of_range_is_named(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    shown = value["image"] if isinstance(value, dict) else value
+    with pytest.raises(StartupError, match=f"^{name}.* is out of range: {shown!r}. Give "):
+        EngineConfig(model="m", **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1},
+        {"kv_cache_memory": 1},
+        {"memory_utilization": 1},
+        {"limit_mm_per_prompt": {"image": 0}},
+        {"limit_mm_per_prompt": {}},
+    ],
+    ids=str,
+)
+def test_options_at_the_edge_are_taken(options: dict[str, Any]) -> None:
+    config = EngineConfig(model="m", **options)
+    assert all(getattr(config, name) == value for name, value in options.items())

@@ -1,0 +1,160 @@
+"""What goes wrong in a plugin's model is blamed on it, costs one request, and leaves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from checkpoints import make_llava
+from mm_engine import LLM, SamplingParams
+from mm_engine.config import EngineConfig
+from mm_engine.errors import PluginError
+from mm_engine.sequence import ScheduledBatch, ScheduledSequence, Sequence
+from mm_engine.worker.encoder import Encoder
+from mm_engine.worker.loader import open_model
+from mm_engine.worker.model_runner import ModelRunner
+from mm_engine.worker.sampler import cut_top
+from sequences import make_item, make_sequence
+
+BLOCK, NUM_BLOCKS = 4, 32
+POISON = 77  # the token whose embedding is NaN
+
+PLUGIN = """
+from mm_engine.plugins import hookimpl
+from mm_llava.model import LlavaForConditionalGeneration
+ARCHITECTURES = ["LlavaForConditionalGeneration"]
+
+class Model(LlavaForConditionalGeneration):
+    {method}
+
+@hookimpl
+def model_class(ctx): return Model
+
+@hookimpl
+def max_tokens(ctx, modality): return 16
+"""
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+    """A model with and without a sliding window, whose token 77 is NaN."""
+    changes = {"sliding_window": 3} if request.param == "mistral" else {}
+    path = make_llava(
+        tmp_path_factory.mktemp("model"), backbone=request.param, text_changes=changes
+    )
+    config = EngineConfig(model=str(path), device="cpu", block_size=BLOCK, progress=False)
+    runner = ModelRunner(open_model(config), config)
+    runner.model.language_model.embedding.weight.data[POISON] = float("nan")
+    runner.init_cache(NUM_BLOCKS)
+    return runner
+
+
+def place(sequence: Sequence, blocks: Iterator[int]) -> Sequence:
+    sequence.block_table = [next(blocks) for _ in range(5)]
+    return sequence
+
+
+def share(sequence: Sequence, num: int) -> ScheduledSequence:
+    return ScheduledSequence(sequence, num)
+
+
+def test_nan_in_the_middle_of_a_prompt_fails_at_once_and_stays_in_no_block(
+    runner: ModelRunner,
+) -> None:
+    """Were it noticed only at the last chunk, an abort before it would leave NaN to others."""
+    blocks = iter(range(NUM_BLOCKS))
+    sick = place(make_sequence((1, POISON, *range(20, 30)), temperature=0.0), blocks)
+    chunk = place(make_sequence((1, *range(20, 30)), temperature=0.0), blocks)
+    decode = place(make_sequence((1, 50), temperature=0.0), blocks)
+    results = runner.run(ScheduledBatch((share(sick, 6), share(chunk, 6), share(decode, 2))))
+    error = results[0].error
+    assert error is not None and error.name == "PluginError"
+    assert "mm-llava" in error.message and "NaN" in error.message
+    assert results[1].error is None and results[1].token_id is None
+    assert results[2].error is None and results[2].token_id is not None
+    for keys, values in runner.kv_caches:
+        assert keys.isfinite().all() and values.isfinite().all()
+        assert keys[chunk.block_table].any()
+
+
+def test_nan_that_the_last_token_does_not_see_fails_the_request_too(runner: ModelRunner) -> None:
+    sick = make_sequence((1, POISON, *range(20, 34)), temperature=0.0)
+    place(sick, iter(range(NUM_BLOCKS)))
+    (token,) = runner.run(ScheduledBatch((share(sick, 16),)))
+    assert token.error is not None
+    assert all(cache.isfinite().all() for pair in runner.kv_caches for cache in pair)
+
+
+def load(llava: Path, folder: Path, method: str) -> LLM:
+    file = folder / "own_plugin.py"
+    file.write_text(PLUGIN.format(method=method))
+    return LLM(str(llava), plugins=(str(file),), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [
+        ("def embed_images(self, *, pixel_values): raise SystemExit(3)", "embed_images .*SystemE"),
+        ("def forward(self, *args, **options): raise SystemExit(3)", "forward .*SystemExit: 3"),
+        ("def forward(self, *args, **options): return args[7]", "forward .*IndexError"),
+        (
+            "def compute_logits(self, hidden): return super().compute_logits(hidden) / 0",
+            "compute_logits .*expected finite .*got NaN",
+        ),
+    ],
+    ids=["encoder-exits", "forward-exits", "forward-raises", "logits-infinite"],
+)
+def test_what_fails_on_dummy_data_is_a_refusal_to_start(
+    llava: Path, tmp_path: Path, method: str, match: str
+) -> None:
+    with pytest.raises(PluginError, match=r"own_plugin\.py .* · " + match):
+        load(llava, tmp_path, method)
+
+
+def test_a_model_that_fails_later_fails_one_request(llava: Path, tmp_path: Path) -> None:
+    llm = load(
+        llava,
+        tmp_path,
+        "def compute_logits(self, hidden):\n"
+        "        logits = super().compute_logits(hidden)\n"
+        "        if len(hidden) == 2:\n"
+        "            logits[0, 5] = float('nan')\n"
+        "        return logits\n",
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    expected = llm.generate("there", params)[0].outputs[0].token_ids
+    failed, neighbour = llm.generate(["Hello", "there"], params)
+    assert failed.error is not None and failed.finished
+    assert failed.error.message.startswith("own_plugin.py")
+    assert neighbour.error is None
+    assert neighbour.outputs[0].token_ids == expected
+    assert llm.engine.stats().num_used_blocks == 0
+
+
+def test_features_are_the_encoders_own_copy(llava: Path) -> None:
+    """A model may write its next result where it wrote the last."""
+    plugin = open_model(EngineConfig(model=str(llava), progress=False)).plugin
+
+    class Reusing(torch.nn.Module):
+        buffer = torch.zeros(3, 4)
+
+        def embed_images(self, *, pixel_values: Any) -> list[Tensor]:
+            return [self.buffer.fill_(float(pixel_values.flatten()[0]))]
+
+    encoder = Encoder(Reusing(), plugin, 4, torch.device("cpu"))
+    for value in (1.0, 2.0):
+        item = make_item(f"{value:g}", 0, 3, pixel_values=torch.full((1,), value))
+        assert encoder.encode([item]) == {}
+    assert encoder.features["1"].unique().tolist() == [1.0]
+
+
+def test_a_row_without_top_p_keeps_its_whole_tail_beside_one_with() -> None:
+    peaked = torch.tensor([[30.0, *[0.0] * 7]]).softmax(-1).expand(2, -1)  # a tail of 1e-13 each
+    cut = cut_top(peaked, torch.tensor([8, 8]), torch.tensor([[1.0], [0.9]]))
+    assert torch.equal(cut[0], peaked[0])
+    assert cut[1].nonzero().tolist() == [[0]]
