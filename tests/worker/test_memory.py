@@ -52,10 +52,10 @@ def test_what_a_step_takes_at_its_peak_is_left_out(cgroup: Path) -> None:
     device = DeviceMemory(CPU, 0.5)
     assert device.available() == 500 * MIB
     with device.measured():
-        # More than this process ever held: what was freed before may hide less.
-        spare = peak_rss() - psutil.Process().memory_info().rss
-        torch.ones(spare // 4 + 16 * MIB)  # 64 MiB above
-    assert device.peak > 60 * MIB
+        # Where the old peak can't be forgotten, more than this process ever held.
+        spare = max(0, peak_rss() - psutil.Process().memory_info().rss)
+        torch.ones(spare // 4 + 64 * MIB)  # 256 MiB above
+    assert device.peak > 128 * MIB
     assert device.available() == 500 * MIB - device.peak
 
 
