@@ -48,6 +48,11 @@ def test_ids_may_come_as_any_sequence(llm: LLM, make: Any) -> None:
     assert answer(llm.generate({"prompt_token_ids": make(ids)}, GREEDY)[0]) == expected
 
 
+def test_one_id_may_come_as_an_array_without_dimensions(llm: LLM) -> None:
+    expected = answer(llm.generate({"prompt_token_ids": [40]}, GREEDY)[0])
+    assert answer(llm.generate({"prompt_token_ids": np.array(40)}, GREEDY)[0]) == expected
+
+
 @pytest.mark.parametrize(
     ("prompt", "match"),
     [

@@ -5,18 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from checkpoints import CHAT_TEMPLATE, CORPUS, SPECIAL, VOCAB_SIZE, make_tokenizer
+from checkpoints import CORPUS, SPECIAL, VOCAB_SIZE, make_tokenizer, wrap_tokenizer
 from mm_engine.inputs.pipeline import InputPipeline
 
 KINDS = ("bytes", "metaspace", "prefixed")
@@ -47,18 +39,7 @@ def sentencepiece_like(*, prefixed: bool) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-        chat_template=CHAT_TEMPLATE,
-    )
+    return wrap_tokenizer(tokenizer)
 
 
 def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:

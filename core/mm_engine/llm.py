@@ -218,7 +218,8 @@ def _inputs(prompt: Any) -> PromptInputs:
         )
     ids = prompt.get("prompt_token_ids")
     if ids is not None and not isinstance(ids, Sequence):
-        ids = ids.tolist() if hasattr(ids, "tolist") else [ids]  # an array, a tensor
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # an array, a tensor
+        ids = ids if isinstance(ids, Sequence) else [ids]  # 0-d arrays give a number
     data = {
         modality: tuple(items) if isinstance(items, list | tuple) else (items,)
         for modality, items in given.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -70,4 +69,3 @@ class Request:
     sampling_params: SamplingParams  # max_tokens is set
     items: tuple[Item, ...] = ()  # in order of offset
     eos_token_ids: tuple[int, ...] = ()
-    arrival_time: float = field(default_factory=time.time)  # seconds since the epoch

@@ -68,7 +68,6 @@ requests = st.builds(
     sampling_params=params,
     items=st.lists(items, max_size=3).map(tuple),
     eos_token_ids=token_ids,
-    arrival_time=st.floats(0, 1e10),
 )
 
 

@@ -63,6 +63,24 @@ def test_the_report_names_what_was_missing_and_what_was_not_used() -> None:
     assert "block.first.bias" in report.missing and "block.last.weight" not in report.missing
 
 
+def test_buffers_of_a_checkpoint_are_loaded_and_others_keep_their_values() -> None:
+    model = nn.ModuleDict({"norm": nn.BatchNorm1d(3), "other": nn.BatchNorm1d(3)})
+    model["norm"].register_buffer("table", torch.full((2,), 5.0), persistent=False)
+    saved = {
+        "norm.weight": noise(3),
+        "norm.bias": noise(3),
+        "norm.running_mean": noise(3),
+        "norm.num_batches_tracked": torch.tensor(7),
+        "norm.table": noise(2),
+    }
+    report = load_into(model, saved.items(), {})
+    assert torch.equal(model["norm"].running_mean, saved["norm.running_mean"])
+    assert int(model["norm"].num_batches_tracked) == 7
+    assert model["norm"].running_var.tolist() == [1, 1, 1]
+    assert model["norm"].table.tolist() == [5, 5] and report.unused == ["norm.table"]
+    assert report.missing == ["other.bias", "other.weight"]
+
+
 @needs_bfloat16
 @pytest.mark.parametrize("num_rows", [1, 7, 33])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])

@@ -159,7 +159,7 @@ def test_a_tied_backbone_needs_one_of_the_two(tied: Path, rewrite: Rewrite) -> N
 def test_a_missing_tensor_is_named(saved: Path, weights: Weights, rewrite: Rewrite) -> None:
     left = {name: tensor for name, tensor in weights.items() if name != DOWN}
     message = refused(rewrite(saved, left))
-    assert "lacks 1 tensors, language_model.layers.1.mlp.down_proj.weight" in message
+    assert "lacks 1 of the model's tensors, language_model.layers.1.mlp.down_proj.weight" in message
 
 
 def test_a_missing_part_of_a_fused_layer_is_named(

@@ -90,6 +90,30 @@ def test_nan_that_the_last_token_does_not_see_fails_the_request_too(runner: Mode
     assert all(cache.isfinite().all() for pair in runner.kv_caches for cache in pair)
 
 
+def test_features_of_another_length_than_the_prompts_fail_the_request(
+    runner: ModelRunner,
+) -> None:
+    """A plugin that counts one image differently in two prompts would shift all that follows."""
+    blocks = iter(range(NUM_BLOCKS))
+    pixels = torch.zeros(3, 32, 32)
+
+    def prompt(length: int) -> Sequence:
+        item = make_item("same", 1, length, pixel_values=pixels)
+        ids = (1, *[4] * length, 20)
+        return place(make_sequence(ids, items=(item,), temperature=0.0), blocks)
+
+    (first,) = runner.run(ScheduledBatch((share(prompt(16), 18),)))
+    assert first.error is None and first.token_id is not None
+    second, neighbour = prompt(15), prompt(16)
+    results = runner.run(ScheduledBatch((share(second, 17), share(neighbour, 18))))
+    assert results[0].error is not None
+    assert "input_processor" in results[0].error.message
+    assert "expected 16 placeholder tokens for image 0" in results[0].error.message
+    assert "got 15" in results[0].error.message
+    assert results[1].token_id == first.token_id
+    runner.encoder.drop(["same"])
+
+
 def load(llava: Path, folder: Path, method: str) -> LLM:
     file = folder / "own_plugin.py"
     file.write_text(PLUGIN.format(method=method))
@@ -116,21 +140,44 @@ def test_what_fails_on_dummy_data_is_a_refusal_to_start(
         load(llava, tmp_path, method)
 
 
-def test_a_model_that_fails_later_fails_one_request(llava: Path, tmp_path: Path) -> None:
-    llm = load(
-        llava,
-        tmp_path,
-        "def compute_logits(self, hidden):\n"
-        "        logits = super().compute_logits(hidden)\n"
-        "        if len(hidden) == 2:\n"
-        "            logits[0, 5] = float('nan')\n"
-        "        return logits\n",
-    )
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(
+    ("method", "code"),
+    [
+        (
+            "compute_logits",
+            "def compute_logits(self, hidden):\n"
+            "        logits = super().compute_logits(hidden)\n"
+            "        if len(hidden) == 2: logits[0, 5] = float('{value}')\n"
+            "        return logits\n",
+        ),
+        (
+            "compute_logits",
+            "def compute_logits(self, hidden):\n"
+            "        logits = super().compute_logits(hidden)\n"
+            "        if len(hidden) == 2: logits[0] = -float('{value}')\n"
+            "        return logits\n",
+        ),
+        (
+            "forward",
+            "def forward(self, ids, positions, metadata, **options):\n"
+            "        hidden = super().forward(ids, positions, metadata, **options)\n"
+            "        if len(metadata.query_lens) == 2: hidden[0, 5] = float('{value}')\n"
+            "        return hidden\n",
+        ),
+    ],
+    ids=["logit", "row", "hidden"],
+)
+def test_a_model_that_fails_later_fails_one_request(
+    llava: Path, tmp_path: Path, method: str, code: str, value: str
+) -> None:
+    llm = load(llava, tmp_path, code.format(value=value))
     params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
     expected = llm.generate("there", params)[0].outputs[0].token_ids
     failed, neighbour = llm.generate(["Hello", "there"], params)
     assert failed.error is not None and failed.finished
     assert failed.error.message.startswith("own_plugin.py")
+    assert f" · {method} (" in failed.error.message and "NaN" in failed.error.message
     assert neighbour.error is None
     assert neighbour.outputs[0].token_ids == expected
     assert llm.engine.stats().num_used_blocks == 0

@@ -55,7 +55,7 @@ def test_what_a_step_takes_at_its_peak_is_left_out(cgroup: Path) -> None:
         # Where the old peak can't be forgotten, more than this process ever held.
         spare = max(0, peak_rss() - psutil.Process().memory_info().rss)
         torch.ones(spare // 4 + 64 * MIB)  # 256 MiB above
-    assert device.peak > 128 * MIB
+    assert device.peak > 240 * MIB
     assert device.available() == 500 * MIB - device.peak
 
 

@@ -98,14 +98,6 @@ def test_what_was_ruled_out_is_never_drawn(request: Any) -> None:
         assert token.token_id not in (2, 3)
 
 
-def test_a_row_of_nothing_but_minus_infinity_fails_itself() -> None:
-    rows = torch.stack([torch.full((VOCAB,), -INF), logits_of(0, 0)])
-    sequences = [make_sequence(seed=1), make_sequence(seed=2)]
-    first, second = Sampler(0).sample(rows, sequences)
-    assert first.error is not None and first.token_id is None
-    assert second.error is None
-
-
 def test_seeds_next_to_each_other_draw_as_if_independent() -> None:
     """Completions of one request have seeds one apart: their first draws must not move together."""
     num = 4000

@@ -46,7 +46,6 @@ class PackedRequest(msgspec.Struct, array_like=True):
     sampling_params: SamplingParams
     items: list[PackedItem]
     eos_token_ids: tuple[int, ...]
-    arrival_time: float
 
 
 class Start(msgspec.Struct, tag=True):
@@ -141,7 +140,6 @@ def pack_request(request: Request, tensors: list[Frame]) -> PackedRequest:
         request.sampling_params,
         items,
         request.eos_token_ids,
-        request.arrival_time,
     )
 
 
@@ -161,7 +159,6 @@ def unpack_request(packed: PackedRequest, frames: Sequence[Frame]) -> Request:
         packed.sampling_params,
         items,
         packed.eos_token_ids,
-        packed.arrival_time,
     )
 
 

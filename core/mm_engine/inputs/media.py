@@ -8,7 +8,6 @@ its header, before a pixel of any picture of the request is decoded.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import re
 import struct
@@ -172,16 +171,6 @@ def read_data_url(source: ImageSource, limits: MediaLimits) -> bytes:
             f"the data URL says {mime} but holds {kind}. Send the MIME type of the data.",
         )
     return encoded
-
-
-def to_data_url(encoded: bytes) -> str:
-    """The data URL of an encoded picture.
-
-    Raises:
-        RequestError: it is not a whole PNG, JPEG, WebP or GIF.
-    """
-    kind = _inspect(encoded, MediaLimits(), "image").format
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded).decode('ascii')}"
 
 
 def _inspect(encoded: bytes, limits: MediaLimits, param: str) -> Header:

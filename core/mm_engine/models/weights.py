@@ -49,6 +49,19 @@ def weight_targets(model: nn.Module) -> dict[str, Tensor]:
     return targets
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a state dict holds (a batch norm's statistics), by name.
+
+    A checkpoint may bring them; one that it doesn't keeps what the constructor computed.
+    """
+    return {
+        f"{module_name}.{name}".lstrip("."): buffer
+        for module_name, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
 def rename(name: str, prefixes: Mapping[str, str]) -> str:
     """`name` with the first matching prefix replaced."""
     for old, new in prefixes.items():
@@ -66,11 +79,12 @@ def load_into(
         StartupError: a tensor's shape isn't the parameter's, or its numbers are quantised.
     """
     targets, tied = weight_targets(model), tied_heads(model)
+    buffers = persistent_buffers(model)
     report = WeightReport()
     spare: dict[str, Tensor] = {}  # heads of backbones whose config says that they have none
     for original, tensor in weights:
         name = rename(original, prefixes)
-        target = targets.get(name)
+        target = targets.get(name, buffers.get(name))
         if target is None and name in tied:
             spare[name] = tensor
         elif target is None:
@@ -102,7 +116,8 @@ def tied_heads(model: nn.Module) -> dict[str, tuple[Any, str]]:
 
 
 def _copy(name: str, tensor: Tensor, target: Tensor) -> None:
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
+    floating = tensor.is_floating_point() and tensor.element_size() >= 2
+    if not floating and tensor.dtype != target.dtype:  # a counter in a buffer is an integer
         raise StartupError(
             f"dtype of {name} in the checkpoint is not supported: {tensor.dtype}. "
             "Use a checkpoint that isn't quantised."

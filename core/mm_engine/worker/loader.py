@@ -167,8 +167,9 @@ def load_model(opened: OpenedModel, device: torch.device) -> LoadedModel:
         )
         if report.missing:
             raise StartupError(
-                f"weights are missing: {ctx.checkpoint} lacks {len(report.missing)} tensors, "
-                f"{report.missing[0]} among them. Fetch the checkpoint again."
+                f"weights are missing: {ctx.checkpoint} lacks {len(report.missing)} "
+                f"of the model's tensors, {report.missing[0]} among them. "
+                "Fetch the checkpoint again."
             )
     else:
         raise StartupError(f"load format is not known: {config.load_format}. Use auto or dummy.")

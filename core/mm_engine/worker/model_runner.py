@@ -147,18 +147,21 @@ class ModelRunner:
                 self.device,
             )
             hidden = self._forward(forward)
-            broken = _not_finite(hidden, forward.metadata.query_lens)
+            broken = dict.fromkeys(_not_finite(hidden, forward.metadata.query_lens), "forward")
             if forward.sampled:
                 logits = self.model.compute_logits(hidden[forward.sampled_rows])
+                finite = logits.amax(-1).isfinite()  # NaN spreads; single -inf are fine
+                if not bool(finite.all()):
+                    logits = logits.masked_fill(~finite[:, None], 0.0)
+                    for row in (~finite).nonzero().flatten().tolist():
+                        broken.setdefault(forward.sampled[row], "compute_logits")
                 sequences = [forward.scheduled[i].sequence for i in forward.sampled]
                 sampled = self.sampler.sample(logits, sequences)
                 for i, token in zip(forward.sampled, sampled, strict=True):
                     results[running[i]] = token
-                    if token.error is not None:
-                        broken.add(i)
-            for i in broken:
+            for i, method in broken.items():
                 fact = "expected finite numbers for this request, got NaN or infinity"
-                blamed = self.opened.plugin.blame("compute_logits", fact)
+                blamed = self.opened.plugin.blame(method, fact)
                 results[running[i]] = SampledToken(error=ErrorInfo("PluginError", str(blamed)))
                 self._clean(forward.scheduled[i].sequence)
             return results
@@ -195,6 +198,15 @@ class ModelRunner:
             if item.content_key in errors:
                 error = errors[item.content_key]
                 return ErrorInfo(type(error).__name__, str(error))
+            known = len(self.encoder.features[item.content_key])
+            if known != item.placeholder.length:
+                fact = (
+                    f"expected {known} placeholder tokens for {item.modality} "
+                    f"{item.placeholder.item}, as many as its features have in another prompt, "
+                    f"got {item.placeholder.length}"
+                )
+                blamed = self.opened.plugin.blame("input_processor", fact)
+                return ErrorInfo("PluginError", str(blamed))
         return None
 
     def _clean(self, sequence: EngineSequence) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mm_engine.outputs import ErrorInfo
 from mm_engine.sampling_params import SamplingParams
 from mm_engine.sequence import SampledToken, Sequence
 
@@ -33,14 +32,10 @@ class Sampler:
     def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> list[SampledToken]:
         """One token for each row of `logits` `[N, vocab]`; `sequences[i]` owns row i.
 
-        A row with NaN or infinity fails its own sequence. Log-probabilities are the model's, before
-        penalties, temperature and cuts.
+        The rows are finite, or -inf for an id that can't come; the runner sees to it.
+        Log-probabilities are the model's, before penalties, temperature and cuts.
         """
         logits = logits.float()
-        broken = ~logits.amax(-1).isfinite()  # NaN and infinity; single -inf are fine
-        any_broken = bool(broken.any())
-        if any_broken:
-            logits = logits.masked_fill(broken[:, None], 0.0)
         params = [sequence.request.sampling_params for sequence in sequences]
         wants_logprobs = [i for i, p in enumerate(params) if p.logprobs is not None]
         raw = logits.log_softmax(-1) if wants_logprobs else None
@@ -54,12 +49,6 @@ class Sampler:
         sampled = [SampledToken(token_id=token) for token in chosen.tolist()]
         if raw is not None:
             self._report(raw, chosen, wants_logprobs, params, sampled)
-        if any_broken:
-            error = ErrorInfo(
-                "PluginError", "the model's logits hold NaN or infinity for this request."
-            )
-            for i in broken.nonzero().flatten().tolist():
-                sampled[i] = SampledToken(error=error)
         return sampled
 
     def _state(self, sequence: Sequence) -> SamplerState:
