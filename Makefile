@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: serve test lint bench docs venv
+.PHONY: serve test lint bench docs defects contract venv
 
 serve: $(INSTALLED) ## Serve the demo checkpoint, or what ARGS names: make serve PORT=8123
 	$(BIN)/engine serve --port $(PORT) $(ARGS)
@@ -25,6 +25,12 @@ bench: $(INSTALLED) ## Measure against transformers on this machine
 
 docs: $(INSTALLED) ## Write docs/reference from the hook specifications and the CLI's help
 	$(BIN)/python docs/generate.py
+
+contract: $(INSTALLED) ## Record the public contract; a break needs a new minor version first
+	$(BIN)/python -m mm_engine.contract --record
+
+defects: $(INSTALLED) ## Put defects into mm-llava-next and record what `engine plugins check` says
+	PYTHONPATH=tests $(BIN)/python docs/record_defects.py
 
 venv: $(INSTALLED)
 

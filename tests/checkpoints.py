@@ -13,11 +13,17 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
     MistralConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
 )
+
+from backbones import other_config
 
 CORPUS = [
     "USER: What is in the picture? ASSISTANT: a small red circle and a large blue square.",
@@ -86,10 +92,12 @@ def text_config(backbone: str, **changes: Any) -> Any:
         return LlamaConfig(**{**common, **changes})
     if backbone == "mistral":
         return MistralConfig(**{**common, "sliding_window": 24, "head_dim": 24, **changes})
-    return Qwen2Config(**{**common, "tie_word_embeddings": True, **changes})
+    if backbone == "qwen2":
+        return Qwen2Config(**{**common, "tie_word_embeddings": True, **changes})
+    return other_config(backbone, common, changes)
 
 
-def vision_config(tower: str) -> Any:
+def vision_config(tower: str, **changes: Any) -> Any:
     """A three-layer tower of 4 × 4 patches."""
     common: dict[str, Any] = {
         "hidden_size": 32,
@@ -98,6 +106,7 @@ def vision_config(tower: str) -> Any:
         "num_attention_heads": 2,
         "image_size": IMAGE_SIZE,
         "patch_size": PATCH_SIZE,
+        **changes,
     }
     return CLIPVisionConfig(**common) if tower == "clip" else SiglipVisionConfig(**common)
 
@@ -123,17 +132,65 @@ def make_llava(
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=text.tie_word_embeddings,
     )
+    save_random(LlavaForConditionalGeneration, config, path, dtype, seed)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size).save_pretrained(path)
+    return path
+
+
+def make_llava_next(
+    path: Path,
+    *,
+    backbone: str = "llama",
+    tower: str = "clip",
+    pinpoints: list[list[int]] | None = None,
+    feature_layer: int | list[int] = -2,
+    strategy: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    text_changes: dict[str, Any] | None = None,
+    vision_changes: dict[str, Any] | None = None,
+) -> Path:
+    """Write a LLaVA-NeXT checkpoint with random weights to `path`, as transformers saves it.
+
+    Pinpoints are by default shaped as the published ones: 1 x 2, 2 x 1, 2 x 2, 3 x 1, 1 x 3 tiles.
+    """
+    text = text_config(backbone, **{"max_position_embeddings": 16384, **(text_changes or {})})
+    vision = vision_config(tower, **(vision_changes or {}))
+    side: int = vision.image_size
+    if pinpoints is None:
+        grids = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+        pinpoints = [[rows * side, columns * side] for rows, columns in grids]
+    config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=SPECIAL.index("<image>"),
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy=strategy or ("default" if tower == "clip" else "full"),
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    save_random(LlavaNextForConditionalGeneration, config, path, dtype, seed)
+    LlavaNextImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=pinpoints,
+    ).save_pretrained(path)
+    return path
+
+
+def save_random(
+    model_class: type[PreTrainedModel], config: Any, path: Path, dtype: torch.dtype, seed: int
+) -> None:
+    """Write a model with random weights, wide enough that greedy answers vary, and a tokenizer."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).eval()
+    model: Any = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:  # wide enough that greedy answers vary
+            if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.15 if "embed" in name else 0.12)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.05)
     model.generation_config.eos_token_id = 2
     model.to(dtype).save_pretrained(path)
     make_tokenizer().save_pretrained(path)
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size).save_pretrained(path)
-    return path

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from mm_engine import LLM
 from mm_engine.sequence import ScheduledBatch
@@ -41,7 +41,7 @@ class Oracle:
     """transformers' answers, computed once for each case."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self.model: Any = LlavaForConditionalGeneration.from_pretrained(
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=torch.float32
         ).eval()
         self.image_processor = AutoImageProcessor.from_pretrained(checkpoint)
@@ -53,29 +53,37 @@ class Oracle:
         """Keywords of the model for one prompt."""
         ids = torch.tensor([list(prompt_token_ids)])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if images:
-            inputs["pixel_values"] = self.image_processor(list(images), return_tensors="pt")[
-                "pixel_values"
-            ]
-        return inputs
+        return {**inputs, **self.pixels(images)} if images else inputs
+
+    def pixels(self, images: Sequence[Image.Image]) -> dict[str, Any]:
+        """What transformers' image processor makes of `images`: `pixel_values`, `image_sizes`."""
+        return dict(self.image_processor(list(images), return_tensors="pt"))
+
+    def features(self, images: Sequence[Image.Image]) -> list[torch.Tensor]:
+        """`[num_tokens, hidden]` of each image, by transformers' own tower and projector."""
+        with torch.no_grad():
+            encoded = self.model.model.get_image_features(**self.pixels(images), return_dict=True)
+        return list(encoded.pooler_output)
 
     def expanded_ids(self, case: Case) -> list[int]:
-        """The prompt's ids, counted by running transformers' own tower."""
-        ids = self.tokenizer(case.prompt)["input_ids"]
-        if not case.images:
-            return list(ids)
-        pixels = self.image_processor([case.images[0]], return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            features = self.model.model.get_image_features(pixels, return_dict=True).pooler_output
-        image_token = self.model.config.image_token_id
+        """The prompt's ids, each image's placeholder as often as transformers makes rows of it."""
+        images = case.images
+        return self.expanded(case, [len(r) for r in self.features(images)] if images else [])
+
+    def expanded(self, case: Case, counts: Sequence[int]) -> list[int]:
+        """The prompt's ids with its images' placeholders repeated as `counts` say."""
+        left = iter(counts)
         expanded: list[int] = []
-        for token in ids:
-            expanded += [token] * (len(features[0]) if token == image_token else 1)
+        for token in self.tokenizer(case.prompt)["input_ids"]:
+            is_image = token == self.model.config.image_token_id
+            expanded += [token] * (next(left) if is_image else 1)
         return expanded
 
-    def answer(self, case: Case, num_tokens: int) -> list[int]:
-        """Greedy ids, end of sequence ignored."""
-        inputs = self.inputs(self.expanded_ids(case), case.images)
+    def answer(
+        self, case: Case, num_tokens: int, prompt_token_ids: Sequence[int] | None = None
+    ) -> list[int]:
+        """Greedy ids, end of sequence ignored. The expanded prompt may be given, if it is known."""
+        inputs = self.inputs(prompt_token_ids or self.expanded_ids(case), case.images)
         with torch.no_grad():
             ids = self.model.generate(
                 **inputs, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -62,7 +62,8 @@ class ServerProcess:
     """A server on a free port, ready when made; killed with its children on leaving.
 
     `folder` takes its output, and its temporary files under `tmp`. With `settings` (fields of
-    `ServerSettings`) it serves the demo without the command line.
+    `ServerSettings`) it serves the demo without the command line. `program` is another `engine`
+    than this environment's.
     """
 
     def __init__(
@@ -71,11 +72,12 @@ class ServerProcess:
         *flags: str,
         env: dict[str, str] | None = None,
         settings: dict[str, Any] | None = None,
+        program: Sequence[str] = (ENGINE,),
     ) -> None:
         self.tmp = folder / "tmp"
         self.tmp.mkdir()
         self.log = folder / "log"
-        command = [ENGINE, "serve", "--port", "0", *flags]
+        command = [*program, "serve", "--port", "0", *flags]
         if settings is not None:
             script = folder / "script.py"
             script.write_text(WITH_SETTINGS.format(model=min(demos()), settings=settings))

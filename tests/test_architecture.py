@@ -22,7 +22,7 @@ LAYERS = (
     {"plugins", "models"},
     {"attention"},
 )
-NOUNS = {"errors", "sampling_params", "request", "outputs", "config", "sequence"}
+NOUNS = {"errors", "sampling_params", "request", "outputs", "config", "sequence", "contract"}
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 
 #: A part of a name or a word in a comment, in any spelling: LlavaConfig, llava_next, "CLIP".

@@ -7,10 +7,16 @@ import os
 import subprocess
 import sys
 import sysconfig
+import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import pytest
+
+from serving import ServerProcess
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (ROOT, ROOT / "kernels", *(file.parent for file in ROOT.glob("plugins/*/pyproject.toml")))
@@ -43,7 +49,7 @@ def names_in(wheel: Path) -> set[str]:
 
 
 def test_each_distribution_has_a_wheel_with_types_and_licence(wheels: dict[str, Path]) -> None:
-    assert set(wheels) >= {"mm_engine", "mm_engine_kernels", "mm_llava"}
+    assert set(wheels) >= {"mm_engine", "mm_engine_kernels", "mm_llava", "mm_llava_next"}
     for name, wheel in wheels.items():
         names = names_in(wheel)
         assert f"{name}/py.typed" in names
@@ -75,7 +81,100 @@ def test_installed_wheels_work_without_the_checkout(
     path = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")])
     listed = run("-S", tmp_path / "bin" / "engine", "plugins", "list", "--json", path=path)
     rows = {row["distribution"]: row for row in json.loads(listed)}
-    assert rows["mm-llava"]["state"] == "ok"
+    assert rows["mm-llava"]["state"] == rows["mm-llava-next"]["state"] == "ok"
     code = "import mm_engine.plugins.discovery as d; print(*d.demos().values())"
     demos = run("-S", "-c", code, path=path).split()
     assert demos and all(demo.startswith(str(tmp_path)) for demo in demos)
+
+
+class Environment:
+    """A virtual environment with some of the wheels, and nothing of the checkout.
+
+    Third parties are those of the environment that the tests run in.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, symlinks=True)
+        self.engine = str(folder / "bin" / "engine")
+        (self.site,) = folder.glob("lib/python*/site-packages")
+        others = folder / "others"
+        others.mkdir()
+        for entry in Path(sysconfig.get_path("purelib")).iterdir():
+            if not entry.name.startswith("mm_") and entry.suffix != ".pth":
+                (others / entry.name).symlink_to(entry)
+        (self.site / "others.pth").write_text(f"{others}\n")
+        self._python = folder / "bin" / "python"
+
+    def install(self, *wheels: Path) -> None:
+        """As `pip install` does, in this environment."""
+        run("-m", "pip", "--python", self._python, "install", "--quiet", "--no-deps", *wheels)
+
+    def plugins(self, command: str) -> Any:
+        """What `engine plugins <command> --json` says."""
+        done = subprocess.run(
+            [self.engine, "plugins", command, "--json"], capture_output=True, text=True
+        )
+        assert done.returncode in (0, 1), done.stderr
+        return json.loads(done.stdout)
+
+    def listed(self) -> dict[str, Any]:
+        """The rows of `engine plugins list`, by distribution."""
+        return {row["distribution"]: row for row in self.plugins("list")}
+
+
+@contextmanager
+def served(environment: Environment, folder: Path) -> Iterator[ServerProcess]:
+    """mm-llava's demo, served from the environment."""
+    folder.mkdir()
+    flags = ("llava-demo", "--dtype", "float32", "--kv-cache-memory", "32MiB")
+    with ServerProcess(folder, *flags, program=(environment.engine,)) as server:
+        yield server
+
+
+def answer(server: ServerProcess) -> str:
+    body = {"prompt": "A picture of", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    return str(server.http.post("/v1/completions", json=body).json()["choices"][0]["text"])
+
+
+def architectures(server: ServerProcess) -> dict[str, str]:
+    cards = server.http.get("/v1/plugins").json()["data"]
+    return {card["architecture"]: card["distribution"] for card in cards}
+
+
+def test_another_plugin_appears_by_pip_install_alone_and_a_broken_one_harms_nobody(
+    wheels: dict[str, Path], tmp_path: Path
+) -> None:
+    environment = Environment(tmp_path / "venv")
+    environment.install(*(wheels[name] for name in ("mm_engine", "mm_engine_kernels", "mm_llava")))
+    assert list(environment.listed()) == ["mm-llava"]
+    with served(environment, tmp_path / "first") as server:
+        expected = answer(server)
+        assert architectures(server) == {"LlavaForConditionalGeneration": "mm-llava"}
+
+        environment.install(wheels["mm_llava_next"])  # and no other step, not even a restart
+        both = environment.listed()
+        assert list(both) == ["mm-llava", "mm-llava-next"]
+        assert {row["state"] for row in both.values()} == {"ok"}
+        assert both["mm-llava-next"]["architectures"] == ["LlavaNextForConditionalGeneration"]
+        assert architectures(server)["LlavaNextForConditionalGeneration"] == "mm-llava-next"
+        assert answer(server) == expected
+    healthy = environment.plugins("doctor")
+    assert healthy["ok"], healthy
+
+    info = environment.site / "mm_broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mm-broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[mm_engine.plugins]\nBrokenForConditionalGeneration = mm_broken\n"
+        "[mm_engine.demos]\na-broken-demo = mm_broken.demo\n"
+    )
+    (environment.site / "mm_broken.py").write_text("raise SystemExit('broken on purpose')")
+    rows = environment.listed()
+    assert rows.pop("mm-broken")["state"].startswith("broken: ")
+    assert rows == both
+    with served(environment, tmp_path / "second") as server:
+        assert answer(server) == expected
+    found = environment.plugins("doctor")
+    assert not found["ok"]
+    assert {finding["distribution"] for finding in found["findings"]} == {"mm-broken"}
+    assert "broken on purpose" in str(found)

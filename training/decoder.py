@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 from tqdm import trange
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
-from batches import Batch, training_batch
 from optim import Optimizers
 from pictures import COLOURS, MIN_SEPARATION, SHAPES, QuestionAnswer, Scene, questions
 from tokenizer import BOS, EOS, IMAGE, SYSTEM_PROMPTS
@@ -39,9 +43,24 @@ MAX_SEGMENTS = 10
 """Most conversations about one picture in a batch; the caption is always among them."""
 
 
+class DrawnBatch(Protocol):
+    """What every kind of batch has: scenes, and a generator to ask questions with."""
+
+    @property
+    def scenes(self) -> tuple[Scene, ...]:
+        """The scenes that the batch's pictures show."""
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """The generator that questions are asked with."""
+
+
+DrawnT = TypeVar("DrawnT", bound=DrawnBatch)
+
+
 @dataclass(frozen=True)
 class Packed:
-    """One batch of packed sequences; the image tokens are ids ``image_start`` onwards."""
+    """One batch of packed sequences; the image's are ids ``image_start`` up to ``image_end``."""
 
     input_ids: torch.Tensor
     """``[batch, length]`` int64."""
@@ -61,6 +80,7 @@ class Packed:
     second shape its own, which leaves a comparison.
     """
     image_start: int
+    image_end: int
 
 
 @dataclass(frozen=True)
@@ -84,8 +104,8 @@ class Segment:
 class Packer:
     """Turns questions and answers into packed batches for one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_tokens: int) -> None:
-        self.tokenizer, self.image_tokens = tokenizer, image_tokens
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
         self.pad: int = tokenizer.pad_token_id
         self.image: int = tokenizer.convert_tokens_to_ids(IMAGE)
         self.encode = lru_cache(maxsize=100_000)(self._encode)
@@ -147,11 +167,12 @@ class Packer:
         scenes: Sequence[Scene],
         asked: Sequence[list[QuestionAnswer]],
         rng: np.random.Generator,
+        image_tokens: int,
         system: str = "",
     ) -> Packed:
-        """Return the questions, a list for each picture, as one batch."""
+        """Return the questions, a list for each picture of ``image_tokens``, as one batch."""
         opening = self.encode(f"{BOS}{system + ' ' if system else ''}USER: ")
-        prefix = [*opening, *[self.image] * self.image_tokens]
+        prefix = [*opening, *[self.image] * image_tokens]
         rows = [list(self.segments(*row, rng)) for row in zip(scenes, asked, strict=True)]
         longest = len(prefix) + max(sum(len(segment.ids) for segment in row) for row in rows)
         length = -(-longest // LENGTH_STEP) * LENGTH_STEP
@@ -188,9 +209,10 @@ class Packer:
             weights=torch.from_numpy(weights),
             hints=torch.from_numpy(hints),
             image_start=len(opening),
+            image_end=len(prefix),
         )
 
-    def training_pack(self, batch: Batch) -> Packed:
+    def training_pack(self, batch: DrawnBatch, image_tokens: int) -> Packed:
         """Return all the questions about a batch of pictures in randomly varied wordings."""
         rng = batch.rng
         asked = []
@@ -201,23 +223,22 @@ class Packer:
         system = ""
         if rng.random() < SYSTEM_SHARE:
             system = SYSTEM_PROMPTS[int(rng.integers(len(SYSTEM_PROMPTS)))]
-        return self.pack(batch.scenes, asked, rng, system)
+        return self.pack(batch.scenes, asked, rng, image_tokens, system)
 
 
 def text_states(
-    model: LlavaForConditionalGeneration, features: torch.Tensor, packed: Packed
+    model: LlavaForConditionalGeneration | LlavaNextForConditionalGeneration,
+    image: torch.Tensor,
+    packed: Packed,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the decoder's last and middle states, ``[batch, texts, hidden]``, after the image.
 
-    ``features`` are the tower's ``[batch, patches, hidden]``, without the class token.
+    ``image`` is what stands for the image tokens, ``[batch, image_tokens, hidden]``.
     """
     inner = model.model
-    image = inner.multi_modal_projector(features)
     embedded = inner.language_model.embed_tokens(packed.input_ids)
-    after = packed.image_start + image.shape[1]
-    embedded = torch.cat(
-        [embedded[:, : packed.image_start], image.to(embedded.dtype), embedded[:, after:]], dim=1
-    )
+    start, end = packed.image_start, packed.image_end
+    embedded = torch.cat([embedded[:, :start], image.to(embedded.dtype), embedded[:, end:]], dim=1)
     output = inner.language_model(
         inputs_embeds=embedded,
         attention_mask=packed.mask,
@@ -225,14 +246,16 @@ def text_states(
         use_cache=False,
         output_hidden_states=True,
     )
-    return output.last_hidden_state[:, after:], output.hidden_states[LOOKUP_LAYERS][:, after:]
+    return output.last_hidden_state[:, end:], output.hidden_states[LOOKUP_LAYERS][:, end:]
 
 
 def train_decoder(
-    model: LlavaForConditionalGeneration,
+    model: LlavaForConditionalGeneration | LlavaNextForConditionalGeneration,
     hint_head: nn.Linear,
     packer: Packer,
     *,
+    draw_batch: Callable[[int, int], DrawnT],
+    image_states: Callable[[DrawnT], torch.Tensor],
     num_steps: int,
     batch_size: int,
     rate: float,
@@ -241,31 +264,33 @@ def train_decoder(
 ) -> None:
     """Train projector and decoder in place; ``on_report`` is called with the step at each report.
 
-    The tower stays as it is: trained along, it forgets its labels. ``hint_head`` asks the tokens
-    of a question for what they can look up (see ``Packed.hints``), halfway through the layers so
-    that the others can work with it. It is thrown away afterwards.
+    ``draw_batch`` takes a first seed and a size, and ``image_states`` gives a batch's image tokens
+    ``[batch, image_tokens, hidden]`` by way of the projector. The tower stays as it is: trained
+    along, it forgets its labels. ``hint_head`` asks the tokens of a question for what they can
+    look up (see ``Packed.hints``), halfway through the layers so that the others can work with
+    it. It is thrown away afterwards.
     """
     inner = model.model
+    own = nn.ParameterList(inner.parameters(recurse=False))  # LLaVA-NeXT's newline
     optimizers = Optimizers(
         [inner.multi_modal_projector, inner.language_model],
-        [model.lm_head, hint_head],
+        [model.lm_head, hint_head, own],
         rate=rate,
         num_steps=num_steps,
     )
     bar = trange(num_steps, desc="decoder", mininterval=5)
     for step in bar:
-        batch = training_batch(first_seed + step * batch_size, batch_size)
-        packed = packer.training_pack(batch)
-        after = packed.image_start + packer.image_tokens
-        targets, hints = packed.targets[:, after:].flatten(), packed.hints[:, after:].flatten()
-        weights = packed.weights[:, after:].flatten() * (targets != IGNORED)
+        batch = draw_batch(first_seed + step * batch_size, batch_size)
         with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                features = inner.vision_tower(batch.pixel_values).last_hidden_state[:, 1:]
-            last, middle = text_states(model, features, packed)
+            image = image_states(batch)
+            packed = packer.training_pack(batch, image.shape[1])
+            last, middle = text_states(model, image, packed)
             logits = model.lm_head(last).float().flatten(0, 1)
             middle = functional.rms_norm(middle.float(), middle.shape[-1:])
             hinted = hint_head(middle).float().flatten(0, 1)
+        after = packed.image_end
+        targets, hints = packed.targets[:, after:].flatten(), packed.hints[:, after:].flatten()
+        weights = packed.weights[:, after:].flatten() * (targets != IGNORED)
         losses = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
         loss = (losses * weights).sum() / weights.sum()
         hint_loss = functional.cross_entropy(hinted, hints, ignore_index=IGNORED)

@@ -81,17 +81,20 @@ class PatchHeads(nn.Module):
         self.linear = nn.Linear(hidden_size, sum(self.widths))
 
     def forward(
-        self, features: torch.Tensor, scenes: tuple[Scene, ...]
+        self, features: torch.Tensor, labels: dict[str, torch.Tensor], offsets: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss and, by label, the share of labelled patches read rightly."""
-        labels, offsets = patch_labels(scenes)
+        """Return the loss and, by label, the share of labelled patches read rightly.
+
+        Labels that no patch has count for nothing, and their share is NaN.
+        """
         *logits, offset = self.linear(features).float().split(self.widths, dim=-1)
         inside = labels["object"] == 1
         loss = 0.2 * functional.mse_loss(offset[inside], offsets[inside])
         right: dict[str, torch.Tensor] = {}
         for (name, label), scores in zip(labels.items(), logits, strict=True):
-            loss = loss + functional.cross_entropy(scores.flatten(0, 1), label.flatten())
             labelled = label != IGNORED
+            if labelled.any():
+                loss = loss + functional.cross_entropy(scores.flatten(0, 1), label.flatten())
             right[name] = (scores.argmax(-1) == label)[labelled].float().mean().detach()
         return loss, right
 
@@ -154,7 +157,7 @@ def train_tower(
         batch = training_batch(first_seed + step * batch_size, batch_size)
         with torch.autocast("cpu", torch.bfloat16):
             features = tower(batch.pixel_values).last_hidden_state[:, 1:]
-            loss, right = heads(features, batch.scenes)
+            loss, right = heads(features, *patch_labels(batch.scenes))
         loss.backward()
         optimizers.step()
         if step % 50 == 49:

@@ -7,23 +7,22 @@ that a stopped run goes on where it was. Files of a former recipe have to be rem
 from __future__ import annotations
 
 import argparse
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from batches import Batch, training_batch
 from decoder import Packer, train_decoder
 from evaluate import evaluate, report
 from model import fresh_model
+from recipe import SEEDS_A_STAGE, Stage, run_stages, save_checkpoint
 from tokenizer import make_processor, train_tokenizer
 from tower import PatchHeads, train_tower
 
 SEED = 20
 DEMO = Path(__file__).parent.parent / "plugins" / "mm_llava" / "mm_llava" / "demo"
-SEEDS_A_STAGE = 100_000_000
-"""Each stage draws pictures from seeds of its own."""
 
 
 def main() -> None:
@@ -32,7 +31,6 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
-    args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
     processor = make_processor(tokenizer)
     model = fresh_model(tokenizer)
@@ -44,10 +42,9 @@ def main() -> None:
         }
     )
 
-    def keep(path: Path) -> None:
-        torch.save({"model": model.state_dict(), "heads": heads.state_dict()}, path)
-
-    def tower_stage(num_steps: int, rate: float, first_seed: int, partial: Path) -> None:
+    def train_tower_stage(
+        num_steps: int, rate: float, first_seed: int, on_report: Callable[[int], None]
+    ) -> None:
         train_tower(
             model.model.vision_tower,
             heads["patch"],
@@ -55,38 +52,36 @@ def main() -> None:
             batch_size=args.tower_batch_size,
             rate=rate,
             first_seed=first_seed,
-            on_report=lambda step: keep(partial),
+            on_report=on_report,
         )
 
-    def decoder_stage(num_steps: int, rate: float, first_seed: int, partial: Path) -> None:
+    def image_states(batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            features = model.model.vision_tower(batch.pixel_values).last_hidden_state[:, 1:]
+        return model.model.multi_modal_projector(features)
+
+    def train_decoder_stage(
+        num_steps: int, rate: float, first_seed: int, on_report: Callable[[int], None]
+    ) -> None:
         train_decoder(
             model,
             heads["hint"],
-            Packer(tokenizer, image_tokens=config.image_seq_length),
+            Packer(tokenizer),
+            draw_batch=training_batch,
+            image_states=image_states,
             num_steps=num_steps,
             batch_size=args.decoder_batch_size,
             rate=rate,
             first_seed=first_seed,
-            on_report=lambda step: keep(partial),
+            on_report=on_report,
         )
 
     stages = (
-        ("tower", tower_stage, args.tower_steps, 6e-3),
-        ("tower_again", tower_stage, args.tower_again_steps, 4e-3),
-        ("decoder", decoder_stage, args.decoder_steps, 4e-3),
+        Stage("tower", train_tower_stage, args.tower_steps, 6e-3, 0),
+        Stage("tower_again", train_tower_stage, args.tower_again_steps, 4e-3, SEEDS_A_STAGE),
+        Stage("decoder", train_decoder_stage, args.decoder_steps, 4e-3, 2 * SEEDS_A_STAGE),
     )
-    for number, (name, run, num_steps, rate) in enumerate(stages):
-        path = args.work / f"{name}.pt"
-        if path.exists():
-            state = torch.load(path)
-            model.load_state_dict(state["model"])
-            heads.load_state_dict(state["heads"])
-            print(f"{name}: taken from {path}", flush=True)
-            continue
-        started = time.monotonic()
-        run(num_steps, rate, number * SEEDS_A_STAGE, path.with_suffix(".partial"))
-        keep(path)
-        print(f"{name}: trained in {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
+    run_stages(stages, model, heads, args.work)
     save_checkpoint(model, processor, args.out)
     print(report(evaluate(args.out, num_questions=args.questions, dtype=torch.bfloat16)))
 
@@ -106,18 +101,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--decoder-steps", type=int, default=5000)
     parser.add_argument("--questions", type=int, default=2000, help="how many to evaluate on")
     return parser.parse_args()
-
-
-def save_checkpoint(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path
-) -> None:
-    """Write the model in bfloat16 and the processor as transformers loads them."""
-    rounded = LlavaForConditionalGeneration(model.config).to(torch.bfloat16)
-    rounded.load_state_dict(model.state_dict())
-    rounded.generation_config.do_sample = False
-    rounded.save_pretrained(out)
-    processor.save_pretrained(out)
-    processor.image_processor.save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class EngineConfig:
     attention_backend: str = "auto"
     limit_mm_per_prompt: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_LIMITS))
     plugins: tuple[str, ...] = ()  # `--plugin`: `Architecture=distribution`, or a path to one file
-    hook_timeout: float = 30.0  # seconds that one call of a plugin's mapper or processor may take
+    hook_timeout: float = 30.0  # seconds that one call of a plugin's hook or mapper may take
     progress: bool = True  # progress bars on stderr
 
     def __post_init__(self) -> None:
@@ -65,15 +65,18 @@ def _check(ok: bool, name: str, value: object, wanted: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ModelContext:
-    """What a plugin is told about the model that it serves; the first argument of every hook."""
+    """What a plugin is told about the model that it serves; the first argument of every hook.
 
-    hf_config: PretrainedConfig
-    checkpoint: Path
+    Frozen, and the same object for all calls in one process.
+    """
+
+    hf_config: PretrainedConfig  # config.json, as transformers' AutoConfig reads it
+    checkpoint: Path  # the folder of config.json, weights, tokenizer and image processor
     tokenizer: PreTrainedTokenizerFast
-    dtype: torch.dtype
-    max_model_len: int
-    limits: Mapping[str, int]  # items per prompt, by modality
-    architecture: str
+    dtype: torch.dtype  # of the weights, the embeddings and the KV cache
+    max_model_len: int  # the most tokens of prompt and answer together
+    limits: Mapping[str, int]  # items per prompt, by modality: {"image": 8}
+    architecture: str  # the one in config.json, by which the plugin was found
 
     @property
     def text_config(self) -> Any:

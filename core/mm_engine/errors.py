@@ -14,7 +14,11 @@ class MMEngineError(Exception):
 
 
 class RequestError(MMEngineError):
-    """The caller's input is at fault. `param` names the field, `status` is 400, 404 or 413."""
+    """The caller's input is at fault. `param` names the field, `status` is 400, 404 or 413.
+
+    A plugin raises it for an item that its model can't take: the message reaches the user, and no
+    other request is touched. `code` is the machine-readable reason in the answer's body.
+    """
 
     kind = "invalid_request_error"
 
@@ -52,7 +56,10 @@ class EngineDead(MMEngineError):
 
 
 class StartupError(MMEngineError):
-    """The engine can't start as asked; the CLI prints the one sentence and exits with 1."""
+    """The engine can't start as asked; the CLI prints the one sentence and exits with 1.
+
+    A plugin raises it for a checkpoint that it can't serve, in a hook or while the model is built.
+    """
 
 
 #: The classes that may cross from the engine process to the front, by name.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from rich.console import Console
@@ -10,10 +10,10 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 
 from mm_engine.config import EngineConfig
 from mm_engine.engine.build import build_engine
-from mm_engine.errors import RequestError
+from mm_engine.errors import PluginError, RequestError
 from mm_engine.inputs.media import ImageSource, MediaLimits, load_images
 from mm_engine.inputs.pipeline import InputPipeline, PreparedPrompt
-from mm_engine.outputs import RequestOutput
+from mm_engine.outputs import ErrorInfo, RequestOutput
 from mm_engine.plugins.discovery import default_model
 from mm_engine.request import PromptInputs
 from mm_engine.sampling_params import SamplingParams
@@ -63,14 +63,15 @@ class LLM:
         """Complete `prompts`; the answers come in their order.
 
         `sampling_params` is one for all or one for each. A progress bar shows on a terminal
-        unless `use_tqdm` is False. A request that fails on its way has `error` set.
+        unless `use_tqdm` is False. A request that fails on its way has `error` set, as has one on
+        which a hook of the plugin fails.
 
         Raises:
             RequestError: a prompt is at fault; none has been run then.
         """
         single = isinstance(prompts, str | Mapping)
         many: Any = [prompts] if single else list(prompts)
-        prepared = [self.pipeline.prepare(_inputs(prompt)) for prompt in many]
+        prepared = [_or_error(self.pipeline.prepare, _inputs(prompt)) for prompt in many]
         return self._run(prepared, sampling_params, use_tqdm)
 
     def chat(
@@ -99,7 +100,8 @@ class LLM:
                 "messages must be a list of messages, or several such lists.", param="messages"
             )
         prepared = [
-            self.pipeline.prepare_chat(
+            _or_error(
+                self.pipeline.prepare_chat,
                 self._with_images(conversation),
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
@@ -110,7 +112,7 @@ class LLM:
 
     def _run(
         self,
-        prepared: Sequence[PreparedPrompt],
+        prepared: Sequence[PreparedPrompt | PluginError],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
@@ -128,6 +130,11 @@ class LLM:
         requests = []
         for prompt, params in zip(prepared, sampling_params, strict=True):
             self._num_requests += 1
+            if isinstance(prompt, PluginError):
+                error = ErrorInfo("PluginError", str(prompt))
+                request_id = str(self._num_requests)
+                results[request_id] = RequestOutput(request_id, finished=True, error=error)
+                continue
             request = self.pipeline.request(prompt, params, str(self._num_requests))
             requests.append(request)
             results[request.request_id] = RequestOutput(
@@ -158,7 +165,8 @@ class LLM:
             transient=True,
             disable=not progress,
         ) as bar:
-            task = bar.add_task("Answering", total=len(results), rate="")
+            num_failed = sum(output.finished for output in results.values())  # before they ran
+            task = bar.add_task("Answering", total=len(results), completed=num_failed, rate="")
             num_tokens = 0
             while self.engine.has_work:
                 for output in self.engine.step():
@@ -203,6 +211,16 @@ def _parts(message: Any) -> Sequence[Any]:
     """The content parts of a message; what is no message is refused when it is rendered."""
     content = message.get("content") if isinstance(message, Mapping) else None
     return content if isinstance(content, list | tuple) else ()
+
+
+def _or_error(
+    prepare: Callable[..., PreparedPrompt], *arguments: Any, **options: Any
+) -> PreparedPrompt | PluginError:
+    """The prepared prompt, or the error of a plugin's hook: it costs this one request."""
+    try:
+        return prepare(*arguments, **options)
+    except PluginError as error:
+        return error
 
 
 def _inputs(prompt: Any) -> PromptInputs:

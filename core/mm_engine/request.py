@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 class PlaceholderRange:
     """Where one item's embeddings go: `length` tokens from `offset` in the prompt's ids."""
 
-    modality: str
+    modality: str  # "image"
     item: int  # index among the items of this modality, in prompt order
-    offset: int
-    length: int
+    offset: int  # of the first placeholder token, in the expanded ids
+    length: int  # placeholder tokens; `embed_images` gives as many rows for the item
 
     @property
     def end(self) -> int:
@@ -38,9 +38,11 @@ class PromptInputs:
 
     prompt: str | None = None  # raw text; each item's placeholder text stands where it goes
     prompt_token_ids: tuple[int, ...] | None = None
-    multi_modal_data: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # e.g. PIL images
+    #: Modality -> its items: {"image": (PIL images,)}. What the input_processor gets is RGB.
+    multi_modal_data: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    #: Modality -> what the mapper made of each item: {"image": ({"pixel_values": tensor},)}.
     mapped: Mapping[str, tuple[Mapping[str, Tensor], ...]] = field(default_factory=dict)
-    placeholders: tuple[PlaceholderRange, ...] = ()
+    placeholders: tuple[PlaceholderRange, ...] = ()  # in order of offset, apart from each other
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,12 +58,14 @@ def paged_attention(
     context_lens: list[int],
     scale: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of `query` `[T, H, D]` over each sequence's own blocks; returns `[T, H, D]`.
 
     Sequence s owns `query_lens[s]` consecutive rows, the last of its `context_lens[s]` tokens,
     whose keys and values lie in the blocks of `block_tables[s]`. With a sliding window of w a
-    token sees itself and the w - 1 before it.
+    token sees itself and the w - 1 before it. With a soft cap of c a score s becomes
+    c * tanh(s / c) before it is masked (arXiv:2408.00118).
     """
     out = torch.empty_like(query)
     groups = query.shape[1] // key_cache.shape[2]
@@ -73,6 +75,8 @@ def paged_attention(
         values = value_cache[blocks].flatten(0, 1)[:length].repeat_interleave(groups, dim=1).float()
         rows = query[start : start + num_new].float()
         scores = torch.einsum("thd,lhd->htl", rows, keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         query_pos = torch.arange(length - num_new, length, device=query.device)[:, None]
         key_pos = torch.arange(length, device=query.device)[None, :]
         hidden = key_pos > query_pos

@@ -61,6 +61,7 @@ class Step:
             meta.context_lens,
             layer.scale,
             layer.sliding_window,
+            layer.softcap,
         )
 
 
@@ -71,6 +72,7 @@ def make_step(
     head_dim: int = 24,
     block_size: int = 16,
     window: int | None = None,
+    softcap: float | None = None,
     seed: int = 0,
     garbage: float = GARBAGE,
 ) -> Step:
@@ -100,7 +102,7 @@ def make_step(
     # Query, key and value are slices of one fused projection, as in the decoder.
     fused = noise(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
     query, key, value = fused.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-    layer = Attention(num_heads, num_kv_heads, head_dim, sliding_window=window)
+    layer = Attention(num_heads, num_kv_heads, head_dim, sliding_window=window, softcap=softcap)
     layer.layer_index = 1  # the first layer's cache must stay as it is
     metadata = AttentionMetadata(
         backend=TorchAttention(),
@@ -125,6 +127,23 @@ def assert_meets_reference(step: Step) -> None:
 @pytest.mark.parametrize("window", WINDOWS, ids=lambda w: f"window{w}")
 def test_every_mix_and_window(mix: list[tuple[int, int]], window: int | None) -> None:
     assert_meets_reference(make_step(mix, window=window, block_size=16))
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("max_scores", [1, 100, torch_sdpa.MAX_SCORES], ids=lambda m: f"max{m}")
+@pytest.mark.parametrize("window", [None, 4], ids=lambda w: f"window{w}")
+def test_a_soft_cap_with_scores_in_any_number_of_pieces(
+    mix: list[tuple[int, int]],
+    max_scores: int,
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch_sdpa, "MAX_SCORES", max_scores)
+    step = make_step(mix, window=window, softcap=0.7)
+    assert_meets_reference(step)
+    if max(total for _, total in mix) > 1:  # a cap that nothing reaches would prove nothing
+        capped, step.layer.softcap = step.run(), None
+        assert not torch.allclose(capped, step.run(), atol=1e-3)
 
 
 @pytest.mark.parametrize("window", [12, 13, 14], ids=lambda w: f"window{w}")
@@ -161,12 +180,20 @@ decodes = st.lists(st.integers(1, 90).map(lambda total: (1, total)), min_size=1,
     window=st.one_of(st.none(), st.integers(1, 100)),
     block_size=st.integers(1, 17),
     call_cost=st.sampled_from([0, 64, CALL_COST]),  # 0: many groups; the real one: few
+    softcap=st.sampled_from([None, 0.3, 50.0]),
     seed=st.integers(0, 10),
 )
 def test_random_mixes(
-    mix: list[tuple[int, int]], window: int | None, block_size: int, call_cost: int, seed: int
+    mix: list[tuple[int, int]],
+    window: int | None,
+    block_size: int,
+    call_cost: int,
+    softcap: float | None,
+    seed: int,
 ) -> None:
-    step = make_step(mix, window=window, block_size=block_size, seed=seed, head_dim=8)
+    step = make_step(
+        mix, window=window, softcap=softcap, block_size=block_size, seed=seed, head_dim=8
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_sdpa, "CALL_COST", call_cost)
         assert_meets_reference(step)
@@ -179,15 +206,18 @@ def test_what_lies_in_unwritten_slots_does_not_matter(mix: list[tuple[int, int]]
         assert torch.equal(clean, make_step(mix, window=window, garbage=GARBAGE).run())
 
 
-def test_layers_of_a_step_may_differ_in_window() -> None:
+def test_layers_of_a_step_may_differ_in_window_and_soft_cap() -> None:
     step = make_step(MIXES["all-kinds"], window=6)
     assert_meets_reference(step)
     step.layer.sliding_window = None  # the plan is shared, the mask must not be
     assert_meets_reference(step)
+    step.layer.softcap = 0.5
+    assert_meets_reference(step)
 
 
-def test_bfloat16_stays_near_the_reference() -> None:
-    step = make_step(MIXES["all-kinds"], garbage=100.0)
+@pytest.mark.parametrize("softcap", [None, 0.7], ids=["plain", "softcap"])
+def test_bfloat16_stays_near_the_reference(softcap: float | None) -> None:
+    step = make_step(MIXES["all-kinds"], garbage=100.0, softcap=softcap)
     meta = step.metadata
     step.query, step.key, step.value = (t.bfloat16() for t in (step.query, step.key, step.value))
     meta.kv_caches = [(keys.bfloat16(), values.bfloat16()) for keys, values in meta.kv_caches]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mm_engine.cli.banner import curl_line
-from mm_engine.cli.model_choice import model_names
+from mm_engine.cli.model_choice import choose_model, model_names, other_demos
 from mm_engine.plugins.discovery import demos
 from serving import ServerProcess
 
@@ -63,6 +63,23 @@ def test_a_folder_is_served_under_its_name_and_its_path(
         body = {"model": name, "prompt": "x", "max_tokens": 1}
         answer = server.http.post("/v1/completions", json=body).json()
         assert answer["model"] == "my model"
+
+
+def test_a_demo_names_the_other_one(server: ServerProcess, tmp_path: Path) -> None:
+    assert {"llava-demo", "llava-next-demo"} <= set(demos())
+    with ServerProcess(tmp_path, "llava-next-demo", "--kv-cache-memory", "64MiB") as started:
+        lines = [line.strip() for line in started.output.splitlines()]
+    (line,) = (line for line in lines if line.startswith("bundled too"))
+    assert "engine serve llava-demo" in line and "llava-next-demo" not in line
+    assert "bundled too" not in server.output  # it serves a folder
+
+
+def test_without_a_name_the_first_demo_is_taken_and_the_others_are_told() -> None:
+    chosen, remark = choose_model(None)
+    assert chosen == "llava-demo"
+    assert remark is not None and "llava-next-demo" in remark
+    assert other_demos("llava-demo") == [name for name in sorted(demos()) if name != "llava-demo"]
+    assert other_demos("org/name") == []
 
 
 def test_names_of_demos_and_hub_ids_stay_as_they_are() -> None:

@@ -18,7 +18,11 @@ def engine(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["plugins"], ["plugins", "list"]])
+PLUGINS_COMMANDS = tuple(f"plugins {name}" for name in ("list", "new", "doctor", "trace"))
+COMMANDS = ("", "serve", "generate", "plugins", *PLUGINS_COMMANDS)
+
+
+@pytest.mark.parametrize("command", [command.split() for command in COMMANDS], ids=COMMANDS)
 def test_help_teaches_and_needs_no_torch(command: list[str]) -> None:
     code = (
         "import sys; sys.argv = ['engine', *sys.argv[1:]]\n"

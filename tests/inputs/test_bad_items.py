@@ -20,6 +20,7 @@ from parity import picture
 
 PLUGIN = """
 from mm_engine.plugins import PromptInputs, expand_placeholders, hookimpl
+from PIL import Image
 from torch import nn
 ARCHITECTURES = ["LlavaForConditionalGeneration"]
 SEEN = []
@@ -31,7 +32,10 @@ def model_class(ctx): return nn.Module
 def max_tokens(ctx, modality): return 16
 
 @hookimpl
-def dummy_data(ctx, seq_len, counts): return PromptInputs(prompt_token_ids=(50,) * LENGTH)
+def dummy_data(ctx, seq_len, counts):
+    image = ctx.hf_config.image_token_index
+    data = {"image": (Image.new("RGB", (32, 32)),)}
+    return PromptInputs(prompt_token_ids=(image, *(50,) * (LENGTH - 16)), multi_modal_data=data)
 
 @hookimpl
 def input_processor(ctx, inputs):

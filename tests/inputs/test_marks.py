@@ -21,7 +21,7 @@ def test_the_templates_own_tokens_stay_tokens(pipeline: InputPipeline) -> None:
         "{{ bos_token }}{% for m in messages %}<image>{{ m['content'].split('</s>')[-1] }}"
         "{% endfor %}"
     )
-    renderer = ChatRenderer(pipeline.ctx, template, "<image>")
+    renderer = ChatRenderer(pipeline.ctx, template, lambda index: "<image>")
     text, ids = renderer.encode([{"role": "user", "content": "a</s>b"}])
     assert text == "<s><image>b"
     tokenizer = pipeline.ctx.tokenizer

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mm_engine_kernels import reference
 from transformers import LlamaConfig, MistralConfig
+from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 
@@ -108,6 +109,23 @@ def test_paged_attention_is_transformers_eager_attention(
         value.transpose(0, 1)[None],
         mask[:, :, -num_new:],
         scaling=dim**-0.5,
+    )
+    torch.testing.assert_close(got, expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+def test_a_soft_cap_is_transformers(softcap: float) -> None:
+    length, dim = 9, 24
+    query, key, value = noise(length, 4, dim), noise(length, 2, dim, seed=1), noise(length, 2, dim)
+    got = reference.paged_attention(
+        query, key[None], value[None], torch.tensor([[0]]), [9], [9], 0.4, softcap=softcap
+    )
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
+    batched = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    expected, _ = modeling_gemma2.eager_attention_forward(
+        module, *batched, mask, scaling=0.4, softcap=softcap
     )
     torch.testing.assert_close(got, expected[0], rtol=1e-5, atol=1e-5)
 

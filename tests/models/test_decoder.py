@@ -13,7 +13,7 @@ from checkpoints import text_config, vision_config
 from mm_engine.config import ModelContext
 from mm_engine.errors import StartupError
 from mm_engine.models import build_decoder
-from mm_engine.models.decoder import head_size, layer_window
+from mm_engine.models.decoder import Decoder, head_size, layer_window, native_features
 
 
 def make_context(text: Any) -> ModelContext:
@@ -81,13 +81,29 @@ def test_head_size_follows_from_the_config() -> None:
     assert head_size(text_config("mistral")) == 24
 
 
-def test_a_backbone_that_is_not_covered_is_refused() -> None:
-    config: Any = GPT2Config()
-    with pytest.raises(StartupError, match="not supported: gpt2.* covers llama, mistral, qwen2."):
-        build_decoder(config, make_context(text_config("llama")))
-
-
-def test_an_activation_that_is_not_covered_is_refused() -> None:
+def test_an_activation_that_is_not_covered_is_refused_by_the_native_decoder() -> None:
     text = text_config("llama", hidden_act="gelu")
+    assert native_features(text) is None
     with pytest.raises(StartupError, match="activation .* not supported: gelu"):
+        Decoder(text, make_context(text), {})
+
+
+def test_a_rope_that_is_not_covered_is_refused_by_the_native_decoder() -> None:
+    text = text_config("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0})
+    assert native_features(text) is None
+    with pytest.raises(StartupError, match="rope scaling .* not supported: dynamic"):
+        Decoder(text, make_context(text), {})
+
+
+def test_configs_of_other_types_are_not_taken_for_native_ones() -> None:
+    assert native_features(text_config("llama")) == {}
+    assert native_features(text_config("qwen2")) is not None
+    assert native_features(text_config("qwen3")) is None
+    assert native_features(GPT2Config()) is None
+
+
+def test_choosing_the_slower_decoder_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    text = text_config("qwen3")
+    with caplog.at_level("INFO", "mm_engine"):
         build_decoder(text, make_context(text))
+    assert "Text backbone qwen3 runs through transformers' modules." in caplog.messages

@@ -7,11 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from checkpoints import IMAGE_SIZE, TOWERS, vision_config
 from mm_engine.errors import StartupError
-from mm_engine.models.vision import build_vision_tower, resolve_layers, tower_features
+from mm_engine.models.vision import (
+    build_vision_tower,
+    num_tower_rows,
+    resolve_layers,
+    select_features,
+    tower_features,
+)
 
 LAYERS: list[int | list[int]] = [0, 1, -1, -2, 3, [0, -2], [-1, 1], [-3, -1, 2]]
 
@@ -79,3 +85,55 @@ def test_a_layer_out_of_range_is_refused(layer: int | list[int]) -> None:
 
 def test_layers_count_from_either_end() -> None:
     assert resolve_layers(vision_config("clip"), [0, 3, -1, -4, -2]) == [0, 3, 3, 0, 2]
+
+
+@pytest.mark.parametrize("layers", [-2, [-2, 1]], ids=str)
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("kind", TOWERS)
+def test_rows_are_counted_as_the_projector_gets_them(
+    kind: str, strategy: str, layers: int | list[int]
+) -> None:
+    config = vision_config(kind)
+    tower: Any = build_vision_tower(config, layers)
+    randomise(tower)
+    states = tower_features(tower, torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    features = select_features(states, strategy)
+    width = config.hidden_size * len(states)
+    assert features.shape == (2, num_tower_rows(config, strategy), width)
+    dropped = int(strategy == "default")
+    for i, state in enumerate(states):
+        part = features[..., i * config.hidden_size : (i + 1) * config.hidden_size]
+        assert torch.equal(part, state[:, dropped:])
+
+
+@pytest.mark.parametrize("layers", [-1, -2, 1, [-2, -1]], ids=str)
+@pytest.mark.parametrize("kind", ["dinov2", "vit", "internvl_vision"])
+def test_a_tower_of_another_type_is_read_without_its_final_norm(
+    kind: str, layers: int | list[int]
+) -> None:
+    """These end in norms of other names, which no hidden state passes through."""
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=[16, 16] if kind == "internvl_vision" else 16,
+        patch_size=[8, 8] if kind == "internvl_vision" else 8,
+        **({"use_mean_pooling": False} if kind == "internvl_vision" else {}),
+    )
+    tower: Any = build_vision_tower(config, layers)
+    randomise(tower)
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    seen: list[Any] = []
+    blocks = next(module for module in tower.modules() if isinstance(module, nn.ModuleList))
+    hooks = [block.register_forward_hook(lambda m, a, out: seen.append(out)) for block in blocks]
+    got = tower_features(tower, pixels)
+    for hook in hooks:
+        hook.remove()
+    outputs = [out[0] if isinstance(out, tuple) else out for out in seen]
+    wanted = resolve_layers(config, layers)
+    for layer, features in zip(wanted, got, strict=True):
+        torch.testing.assert_close(features, outputs[layer - 1])
+    with pytest.raises(StartupError, match=f"{kind}. Count them in the plugin"):
+        num_tower_rows(config, "full")

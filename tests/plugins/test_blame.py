@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -14,10 +15,16 @@ from PIL import Image
 
 from mm_engine.config import ModelContext
 from mm_engine.errors import PluginError, RequestError
-from mm_engine.plugins import PlaceholderRange, PromptInputs
-from mm_engine.plugins.blame import place_of, with_time_limit
-from mm_engine.plugins.checks import fault_of_processed
+from mm_engine.plugins import PlaceholderRange, PromptInputs, blame
+from mm_engine.plugins.blame import (
+    may_be_the_users,
+    num_hanging_calls,
+    place_of,
+    with_time_limit,
+)
+from mm_engine.plugins.checks import copy_of, equal_items, fault_of_processed
 from mm_engine.plugins.plugin import Plugin
+from serving import wait_until
 
 MakePlugin = Callable[..., Plugin]
 IMAGE = 3
@@ -257,3 +264,59 @@ def test_any_change_of_one_text_token_is_found(
         changed = (*ids[:index], ids[index] + 1, *ids[index + 1 :])
         wrong = PromptInputs(prompt_token_ids=changed, placeholders=tuple(ranges))
         assert "text" in str(fault_of_processed(given, wrong, lambda modality: 4))
+
+
+def test_no_more_calls_are_made_when_too_many_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each holds a thread for as long as it hangs: without a limit they would use up memory."""
+    wait_until(lambda: num_hanging_calls() == 0, "calls of other tests to end")
+    monkeypatch.setattr(blame, "MAX_HANGING_CALLS", 3)
+    release = threading.Event()
+    try:
+        for number in range(1, 4):
+            with pytest.raises(PluginError, match=r"hook: took longer than 0\.01 s"):
+                with_time_limit(release.wait, 0.01, "hook")
+            assert num_hanging_calls() == number
+        with pytest.raises(PluginError, match="hook: not called, as 3 calls .* Restart the server"):
+            with_time_limit(lambda: 1, 10, "hook")
+    finally:
+        release.set()
+    wait_until(lambda: num_hanging_calls() == 0, "the calls to end")
+    assert with_time_limit(lambda: 1, 10, "hook") == 1
+
+
+def test_interrupt_is_the_users_only_where_a_signal_can_raise_it() -> None:
+    assert may_be_the_users(KeyboardInterrupt())
+    assert not may_be_the_users(SystemExit())
+    in_thread: list[bool] = []
+    thread = threading.Thread(
+        target=lambda: in_thread.append(may_be_the_users(KeyboardInterrupt()))
+    )
+    thread.start()
+    thread.join()
+    assert in_thread == [False]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert not may_be_the_users(KeyboardInterrupt())
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_raised_within_a_time_limit_is_the_plugins(
+    make_plugin: MakePlugin, ctx: ModelContext
+) -> None:
+    plugin = make_plugin(processor("raise KeyboardInterrupt"), timeout=30.0)
+    with pytest.raises(PluginError, match="raised KeyboardInterrupt"):
+        plugin.process(ctx, prompt(IMAGE))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "I;16", "F"])
+def test_change_of_an_image_is_seen_in_every_mode(mode: str) -> None:
+    image = Image.new(mode, (4, 4))
+    copy = copy_of(image)
+    assert isinstance(copy, Image.Image) and copy is not image
+    assert equal_items(copy, image)
+    copy.putpixel((3, 3), (0, 0, 1, 0)[: len(mode)] if mode in ("RGB", "RGBA") else 1)
+    assert not equal_items(copy, image)
+    assert image.getpixel((3, 3)) == Image.new(mode, (1, 1)).getpixel((0, 0))
+    for changed in (image.resize((4, 5)), image.convert("1")):
+        assert not equal_items(changed, image)

@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    CLIPImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    SiglipImageProcessorPil,
+)
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mm_engine.config import ModelContext
 from mm_engine.errors import RequestError, StartupError
-from mm_engine.plugins import PromptInputs, defaults
+from mm_engine.plugins import PromptInputs, defaults, dummy_prompt
 from mm_engine.plugins.plugin import Plugin
 
 MakePlugin = Callable[..., Plugin]
@@ -85,6 +90,26 @@ def test_image_that_would_become_enormous_is_refused_before_it_does(
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_strip_that_is_fitted_into_a_grid_is_no_matter(
+    make_plugin: MakePlugin, ctx: ModelContext, tmp_path: Path, flip: bool
+) -> None:
+    size = {"height": 16, "width": 16}
+    LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size=size, image_grid_pinpoints=[[16, 32], [48, 16]]
+    ).save_pretrained(tmp_path)
+    ctx = dataclasses.replace(ctx, checkpoint=tmp_path)
+    plugin = make_plugin()
+    plugin.map_item(ctx, "image", picture(30, 20))
+    image = Image.new("RGB", (2, 100_000) if flip else (100_000, 2))
+    tracemalloc.start()
+    tensors = plugin.map_item(ctx, "image", image)
+    assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
+    tracemalloc.stop()
+    assert tensors["pixel_values"].shape == (3, 3, 16, 16)  # whole, and the smaller grid
+    assert tensors["image_sizes"].tolist() == [image.height, image.width]
+
+
 def test_large_image_that_only_shrinks_is_no_matter(
     make_plugin: MakePlugin, ctx: ModelContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +174,16 @@ def test_dummy_prompt_fills_the_length_when_processed_like_any_other(
     assert len(images) == min(num_images, 15)  # 15 of 4 tokens fit in 64 with some text
     assert min(seq_len, 64) <= len(got.prompt_token_ids or ()) <= 64
     assert all(image.size == (16, 16) for image in images)
+
+
+def test_dummy_images_have_the_size_that_a_plugin_names(ctx: ModelContext) -> None:
+    def most(modality: str) -> int:
+        return 10
+
+    raw = dummy_prompt(ctx, 50, {"image": 2}, most, size=(70, 3))
+    assert [image.size for image in raw.multi_modal_data["image"]] == [(70, 3)] * 2
+    assert raw.prompt_token_ids == (IMAGE, IMAGE, *[1] * 30)
+    assert dummy_prompt(ctx, 5, {}, most, size=(70, 3)).prompt_token_ids == (1,) * 5
 
 
 def test_image_that_never_fits_is_refused_at_startup(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ from PIL import Image
 
 from mm_engine.config import ModelContext
 from mm_engine.errors import PluginError, RequestError
-from mm_engine.plugins import PromptInputs
+from mm_engine.plugins import PromptInputs, hookspecs
 from mm_engine.plugins.plugin import Plugin
-from mm_engine.plugins.registration import hook_names
+from mm_engine.plugins.registration import REQUIRED, hook_names
 
 MakePlugin = Callable[..., Plugin]
 IMAGE = 3
@@ -27,6 +29,18 @@ def prompt(*ids: int, num_images: int = 0) -> PromptInputs:
 @pytest.mark.parametrize("name", hook_names())
 def test_every_hook_has_a_test(name: str) -> None:
     assert f"test_hook_{name}" in globals()
+
+
+@pytest.mark.parametrize("name", hook_names())
+def test_every_hook_is_documented_with_its_exact_signature(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "hooks.md").read_text("utf-8")
+    function = getattr(hookspecs, name)
+    signature = inspect.signature(function)
+    arguments = [f"{p.name}: {p.annotation}" for p in signature.parameters.values()]
+    written = f"def {name}({', '.join(arguments)}) -> {signature.return_annotation}: ..."
+    assert f"```python\n@hookimpl\n{written}\n```" in page
+    assert inspect.getdoc(function) in page
+    assert f"## `{name}`" + (" (required)" if name in REQUIRED else "") + "\n" in page
 
 
 def test_hook_model_class(make_plugin: MakePlugin, ctx: ModelContext) -> None:

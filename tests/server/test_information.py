@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from importlib import metadata
 
 from openai import OpenAI
 
+from mm_engine.contract import contract_version
+from mm_engine.plugins.discovery import installed
 from mm_engine.server.app import ROUTES
 from serving import ServerProcess
 
@@ -65,3 +68,47 @@ def test_openapi_describes_every_route_and_resolves(server: ServerProcess) -> No
     references = set(re.findall(r"#/components/schemas/(\w+)", str(document)))
     assert {"ChatRequest", "CompletionRequest", "Message", "ErrorBody"} <= references
     assert references <= set(document["components"]["schemas"])
+
+
+def test_plugins_tell_the_served_one_and_what_else_is_installed(server: ServerProcess) -> None:
+    answer = server.http.get("/v1/plugins").json()
+    assert (answer["object"], answer["contract"]) == ("list", contract_version())
+    served, *others = answer["data"]
+    assert served == {
+        "distribution": "mm-llava",
+        "version": metadata.version("mm-llava"),
+        "architecture": "LlavaForConditionalGeneration",
+        "module": "mm_llava.plugin",
+        "served": True,
+        "hooks": ["model_class", "max_tokens"],
+        "max_tokens": {"image": served["max_tokens"]["image"]},
+    }
+    assert served["max_tokens"]["image"] > 1
+    expected = [
+        {**dataclasses.asdict(record), "served": False}
+        for record in installed()
+        if record.architecture != "LlavaForConditionalGeneration"
+    ]
+    for record in expected:
+        del record["path"]
+    assert others == expected
+
+
+def test_a_plugin_in_a_file_is_told_without_its_path(strict: ServerProcess) -> None:
+    answer = strict.http.get("/v1/plugins")
+    served, *others = answer.json()["data"]
+    assert (served["distribution"], served["module"]) == ("faulty.py", "mm_engine_file_faulty")
+    assert served["version"].startswith("sha256:")
+    assert served["hooks"] == ["model_class", "max_tokens", "input_processor"]
+    assert "mm-llava" in {card["distribution"] for card in others}  # installed, passed over
+    assert "/" not in answer.text
+
+
+def test_metrics_carry_the_plugin(server: ServerProcess) -> None:
+    text = server.http.get("/metrics").text
+    (line,) = [row for row in text.splitlines() if row.startswith("mm_engine_plugin_info")]
+    assert line == (
+        'mm_engine_plugin_info{architecture="LlavaForConditionalGeneration",'
+        f'contract="{contract_version()}",distribution="mm-llava",'
+        f'version="{metadata.version("mm-llava")}"}} 1.0'
+    )

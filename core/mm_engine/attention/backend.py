@@ -30,7 +30,12 @@ class AttentionBackend(Protocol):
 
 
 class Attention(nn.Module):
-    """One layer's causal self-attention; it has no weights, only a place in the KV cache."""
+    """One layer's causal self-attention; it has no weights, only a place in the KV cache.
+
+    `scale` multiplies the scores (None: head_dim ** -0.5), `softcap` then bends them to stay below
+    it (softcap * tanh(score / softcap)). With `sliding_window` w a token sees itself and the w - 1
+    before it.
+    """
 
     def __init__(
         self,
@@ -40,6 +45,7 @@ class Attention(nn.Module):
         *,
         scale: float | None = None,
         sliding_window: int | None = None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -47,6 +53,7 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.scale = head_dim**-0.5 if scale is None else scale
         self.sliding_window = sliding_window
+        self.softcap = softcap
         self.layer_index = -1  # the worker numbers the layers when it allocates the cache
 
     def forward(

@@ -20,6 +20,7 @@ from mm_engine.attention.metadata import AttentionMetadata
 #: A call is worth this many (query, key) pairs: below it, padding is cheaper than another call.
 CALL_COST = 4096
 MAX_PADDING = 1.25  # padded pairs over real ones, from which on a group is cut
+MAX_SCORES = 1 << 24  # float32 scores held at once where they are written out: 64 MiB
 
 
 @dataclass(slots=True)
@@ -118,7 +119,7 @@ class TorchAttention:
         if window is not None and window >= group.num_keys:
             window = None
         queries = query.view(num, group.num_queries, heads, dim).transpose(1, 2)
-        if group.fresh and window is None:
+        if group.fresh and window is None and layer.softcap is None:
             if group.rows is not None:
                 key, value = key[group.rows], value[group.rows]
             keys = key.view(num, group.num_queries, kv_heads, dim).transpose(1, 2)
@@ -135,6 +136,10 @@ class TorchAttention:
             return picked.view(num, -1, kv_heads, dim)[:, : group.num_keys].transpose(1, 2)
 
         keys, values = gather(key_cache), gather(value_cache)
+        if layer.softcap is not None:
+            mask = group.mask(window, torch.float32)
+            out = capped_attention(queries, keys, values, mask, layer.scale, layer.softcap)
+            return out.transpose(1, 2).reshape(-1, heads, dim)
         mask = group.mask(window, query.dtype)
         if group.num_queries == 1:
             # The query heads that share a key head become its queries: no key is read twice.
@@ -147,6 +152,32 @@ class TorchAttention:
             queries, keys, values, attn_mask=mask, scale=layer.scale, enable_gqa=True
         )
         return out.transpose(1, 2).reshape(-1, heads, dim)
+
+
+def capped_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float
+) -> Tensor:
+    """Soft-capped attention of `[G, H, Q, D]` over `[G, K, L, D]`; returns `[G, H, Q, D]`.
+
+    PyTorch's fused attention has no soft cap, so the scores are written out: in float32, for as
+    many queries at a time as keep them below `MAX_SCORES`. `mask` is additive, `[G, 1, Q, L]`.
+    """
+    num, heads, num_queries, _ = queries.shape
+    kv_heads, num_keys = keys.shape[1:3]
+    rows = max(1, MAX_SCORES // (num * heads * num_keys))
+    # The query heads that share a key head become its queries: no key is repeated.
+    grouped = queries.unflatten(1, (kv_heads, heads // kv_heads)).float()
+    keys, values = keys.float().transpose(-1, -2), values.float()
+    pieces = []
+    for start in range(0, num_queries, rows):
+        piece = grouped[:, :, :, start : start + rows]
+        num_rows = piece.shape[3]
+        scores = (piece.flatten(2, 3) @ keys).mul_(scale / softcap).tanh_().mul_(softcap)
+        scores = scores.unflatten(2, (-1, num_rows))
+        scores += mask[:, :, None, start : start + rows]
+        picked = scores.softmax(-1).flatten(2, 3) @ values
+        pieces.append(picked.unflatten(2, (-1, num_rows)).flatten(1, 2))
+    return torch.cat(pieces, dim=2).to(queries.dtype)
 
 
 def plan(metadata: AttentionMetadata, device: torch.device) -> list[Group]:

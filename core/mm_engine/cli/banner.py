@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mm_engine.cli.model_choice import example_picture
+from mm_engine.cli.model_choice import example_picture, other_demos
 
 if TYPE_CHECKING:
     from mm_engine.server.run import Started
@@ -29,6 +29,9 @@ def print_banner(started: Started) -> None:
         "KV cache": f"{info.kv_cache_tokens:,} tokens · up to {info.max_model_len:,} per request",
         "address": f"{started.url}/v1",
     }
+    others = other_demos(started.pipeline.opened.config.model)
+    if others:
+        rows["bundled too"] = " · ".join(f"engine serve {name}" for name in others)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in rows.items():
         table.add_row(Text(name, "dim"), Text(value))

@@ -11,7 +11,7 @@ import typer
 
 from mm_engine.cli import options
 from mm_engine.cli.model_choice import choose_model
-from mm_engine.errors import RequestError
+from mm_engine.cli.pictures import read_picture
 
 if TYPE_CHECKING:
     from mm_engine.config import EngineConfig
@@ -64,7 +64,7 @@ def generate(
     from mm_engine.config import EngineConfig
     from mm_engine.sampling_params import SamplingParams
 
-    pictures = [_read_picture(path) for path in image or ()]
+    pictures = [read_picture(path) for path in image or ()]
     name, remark = choose_model(model)
     if remark:
         typer.echo(remark, err=True)
@@ -87,18 +87,6 @@ def generate(
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwinds: no process is left
     asyncio.run(_answer(config, chat_template, messages, params))
-
-
-def _read_picture(path: Path) -> Any:
-    from mm_engine.inputs.media import decode_image
-
-    try:
-        encoded = path.read_bytes()
-    except OSError as error:
-        raise RequestError(
-            f"the picture can't be read: {path} ({error.strerror}). Check the path."
-        ) from None
-    return decode_image(encoded)
 
 
 async def _answer(

@@ -22,6 +22,12 @@ def choose_model(model: str | None) -> tuple[str, str | None]:
     return chosen, remark
 
 
+def other_demos(model: str) -> list[str]:
+    """The bundled demos that could be served as well, if `model` is one of them."""
+    bundled = sorted(demos())
+    return [name for name in bundled if name != model] if model in bundled else []
+
+
 def model_names(model: str) -> tuple[str, ...]:
     """The names under which a model is served by default: a folder's own name comes first."""
     folder = Path(model).expanduser()

@@ -11,10 +11,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mm_engine.errors import MMEngineError
-from mm_engine.plugins.discovery import PluginRecord, installed, load
+from mm_engine.cli.plugins_check import check
+from mm_engine.cli.plugins_doctor import doctor
+from mm_engine.cli.plugins_new import new
+from mm_engine.cli.plugins_trace import trace
+from mm_engine.plugins.discovery import installed
+from mm_engine.plugins.probe import probe
+from mm_engine.plugins.record import PluginRecord
+
+MAX_IMPORT_SECONDS = 10.0  # `list` waits no longer for a plugin; `doctor` does
 
 app = typer.Typer(help="The installed model plugins.", no_args_is_help=True)
+app.command("new")(new)
+app.command("check")(check)
+app.command("doctor")(doctor)
+app.command("trace")(trace)
 
 
 @app.callback()
@@ -58,20 +69,24 @@ def list_plugins(
 
 
 def summarize(records: list[PluginRecord]) -> list[PluginSummary]:
-    """Load each plugin, so that what is broken shows, and sum up what was found."""
+    """Import each plugin in a process of its own, so that what is broken shows and hurts nobody."""
     by_module: dict[tuple[str, str, str], list[PluginRecord]] = defaultdict(list)
     for record in records:
         by_module[record.distribution, record.version, record.module].append(record)
+    groups = [group for _, group in sorted(by_module.items())]
+    results = probe([group[0] for group in groups], MAX_IMPORT_SECONDS)
     summaries = []
-    for (distribution, version, _), group in sorted(by_module.items()):
-        hooks: tuple[str, ...] = ()
-        try:
-            hooks = load(group[0]).hooks
-            state = _conflicts(group, records) or "ok"
-        except MMEngineError as error:
-            state = f"broken: {error}"
+    for group, result in zip(groups, results, strict=True):
+        state = _conflicts(group, records) or "ok"
+        if result.state != "ok":
+            state = f"broken: {result.message}"
         architectures = [record.architecture for record in group]
-        summaries.append(PluginSummary(distribution, version, architectures, list(hooks), state))
+        first = group[0]
+        summaries.append(
+            PluginSummary(
+                first.distribution, first.version, architectures, list(result.hooks), state
+            )
+        )
     return summaries
 
 

@@ -76,6 +76,15 @@ def serve(
     load_format: options.LoadFormat = "auto",
     chat_template: options.ChatTemplate = None,
     plugin: options.Plugins = None,
+    hook_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            metavar="SECONDS",
+            help="How long one call of a plugin's hook may take; then its request fails.",
+            rich_help_panel=options.MODEL_PANEL,
+        ),
+    ] = 30.0,
     seed: options.Seed = 0,
     max_num_seqs: Annotated[
         int,
@@ -122,9 +131,7 @@ def serve(
     from mm_engine.server.settings import ServerSettings
 
     configure_logging(log_level)
-    name, remark = choose_model(model)
-    if remark:
-        typer.echo(remark, err=True)
+    name, _ = choose_model(model)  # the banner names the other demos
     config = EngineConfig(
         model=name,
         dtype=dtype,
@@ -141,6 +148,7 @@ def serve(
         load_format=load_format,
         limit_mm_per_prompt=options.parse_limits(limit_mm_per_prompt),
         plugins=tuple(plugin or ()),
+        hook_timeout=hook_timeout,
     )
     names = tuple(served_model_name or ()) or model_names(name)
     settings = ServerSettings(

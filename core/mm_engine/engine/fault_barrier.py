@@ -10,13 +10,11 @@ from typing import Protocol
 
 from mm_engine.errors import MMEngineError, RequestError
 from mm_engine.outputs import ErrorInfo
+from mm_engine.plugins.blame import may_be_the_users
 from mm_engine.request import Item
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence
 
 logger = logging.getLogger(__name__)
-
-#: A plugin's model may raise anything; only the user's own interrupt is not its fault.
-CAUGHT = (Exception, SystemExit)
 
 
 class Runner(Protocol):
@@ -46,7 +44,9 @@ class FaultBarrier:
         self._owed_evictions = batch.evict
         try:
             return self._run(batch)
-        except CAUGHT as error:
+        except BaseException as error:  # a plugin's model may raise anything, SystemExit too
+            if may_be_the_users(error):
+                raise
             if len(batch.sequences) == 1:
                 return [SampledToken(error=explain(error))]
             logger.warning(
@@ -69,7 +69,9 @@ class FaultBarrier:
             encode = tuple(item for item in batch.encode if item.content_key in keys)
             try:
                 sampled += self._run(ScheduledBatch((share,), encode, self._owed_evictions))
-            except CAUGHT as error:
+            except BaseException as error:
+                if may_be_the_users(error):
+                    raise
                 sampled.append(SampledToken(error=explain(error)))
         return sampled
 

@@ -8,9 +8,10 @@ come out again, and the ids of marked special tokens are replaced by those of th
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,10 @@ def _read(path: Path, remedy: str) -> str:
 class ChatRenderer:
     """Renders messages with one template and tokenizes the result."""
 
-    def __init__(self, ctx: ModelContext, template: str | None, image_text: str) -> None:
-        """`image_text` stands for an image where the template takes strings only.
+    def __init__(
+        self, ctx: ModelContext, template: str | None, image_text: Callable[[int], str]
+    ) -> None:
+        """`image_text(index)` stands for the image of this number in a conversation.
 
         Raises:
             RequestError: `template` is not valid Jinja.
@@ -77,15 +80,16 @@ class ChatRenderer:
         self._splitter: Any = copy.deepcopy(ctx.tokenizer)
         self.template = template
         self.image_text = image_text
+        self._image_token = image_token(ctx)
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
-        special |= {image_text, image_token(ctx)}
+        special |= {image_text(0), self._image_token}
         special |= {t for t in self.tokenizer.all_special_tokens if t}
         longest_first = sorted((t for t in special if t), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)))
         self._starts = frozenset(token[:i] for token in longest_first for i in range(1, len(token)))
         self._longest_start = max(map(len, self._starts), default=0)
-        self._takes_parts = self._probe()
+        self._takes_parts, self._writes_bare_tokens = self._probe()
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
@@ -99,10 +103,13 @@ class ChatRenderer:
         """
         if not messages:
             raise RequestError("messages is empty. Send at least one message.", param="messages")
+        numbers = itertools.count()  # of the images, through all messages
         rendered = self._render(
-            [self._message(i, message) for i, message in enumerate(messages)],
+            [self._message(i, message, numbers) for i, message in enumerate(messages)],
             add_generation_prompt,
         )
+        if self._writes_bare_tokens:
+            rendered = self._complete(rendered)
         text, spans = _unmark(rendered)
         bos = self.tokenizer.bos_token
         # As transformers' processors do: a template that writes the BOS token is taken at its word.
@@ -116,7 +123,7 @@ class ChatRenderer:
             return text, tuple(encoding["input_ids"])
         return text, self._as_text(text, spans, encoding)
 
-    def _message(self, index: int, message: Any) -> dict[str, Any]:
+    def _message(self, index: int, message: Any, numbers: Iterator[int]) -> dict[str, Any]:
         """One message as the template takes it, with special tokens marked."""
         param = f"messages.{index}"
         if not isinstance(message, Mapping):
@@ -138,7 +145,10 @@ class ChatRenderer:
                 part["text"] = self._mark(part["text"])
         if self._takes_parts:
             return {"role": role, "content": parts}
-        texts = [self.image_text if part["type"] == "image" else part["text"] for part in parts]
+        texts = [
+            self.image_text(next(numbers)) if part["type"] == "image" else part["text"]
+            for part in parts
+        ]
         return {"role": role, "content": "\n".join(texts)}
 
     def _mark(self, text: str) -> str:
@@ -188,18 +198,37 @@ class ChatRenderer:
             ) from error
         return str(rendered)
 
-    def _probe(self) -> bool:
-        """Whether the template takes content parts, images among them; old ones take strings."""
+    def _probe(self) -> tuple[bool, bool]:
+        """Whether the template takes content parts, images among them (old ones take strings).
+
+        And whether it writes the image token alone, where the model wants more around it.
+        """
         if self.template is None:
-            return False
+            return False, False
         parts = [{"type": "image"}, {"type": "text", "text": PROBE}]
         try:
             rendered = self._render([{"role": "user", "content": parts}], True)
         except RequestError as error:
             if error.param == "chat_template":
                 raise
-            return False
-        return PROBE in rendered and self.image_text in rendered and "'type'" not in rendered
+            return False, False
+        complete = self.image_text(0) in rendered
+        takes_parts = complete or self._image_token in rendered
+        takes_parts = takes_parts and PROBE in rendered and "'type'" not in rendered
+        return takes_parts, takes_parts and not complete
+
+    def _complete(self, rendered: str) -> str:
+        """Put what the model wants around each image token that the template wrote.
+
+        One that a user wrote is between marks, and stays as it is.
+        """
+        numbers = itertools.count()
+        marked = f"{OPEN}[^{OPEN}{CLOSE}]*{CLOSE}"
+        return re.sub(
+            f"{marked}|({re.escape(self._image_token)})",
+            lambda found: self.image_text(next(numbers)) if found[1] else found[0],
+            rendered,
+        )
 
     def _as_text(
         self, text: str, spans: list[tuple[int, int]], encoding: Mapping[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class InputPipeline:
         self.max_len = opened.ctx.max_model_len  # prompt and output together, tokens
         self.vocab_size = int(opened.ctx.text_config.vocab_size)
         self._placeholder = placeholder_token_id(self.ctx)
-        image_text = self.plugin.placeholder_text(self.ctx, "image", 0)
+        image_text = functools.partial(self.plugin.placeholder_text, self.ctx, "image")
         template = read_template(self.ctx, chat_template)
         try:
             self.chat = ChatRenderer(self.ctx, template, image_text)
@@ -164,6 +165,11 @@ class InputPipeline:
             prepared = self.prepare(inputs)
         except RequestError as error:
             raise self.plugin.blame("dummy_data", f"its own prompt was refused: {error}") from error
+        for modality, count in counts.items():
+            found = sum(item.modality == modality for item in prepared.items)
+            if found != count:
+                what = f"{count} {modality}{'s' * (count != 1)}"
+                raise self.plugin.blame("dummy_data", f"expected {what}, got {found}")
         num_tokens, most = len(prepared.prompt_token_ids), self.ctx.max_model_len
         if not seq_len <= num_tokens <= most:
             raise self.plugin.blame(

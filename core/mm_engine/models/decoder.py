@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from importlib import resources
 from typing import Any, ClassVar
 
@@ -17,6 +18,9 @@ from mm_engine.attention.metadata import AttentionMetadata
 from mm_engine.config import ModelContext
 from mm_engine.errors import StartupError
 from mm_engine.models.layers import Linear, RMSNorm, RotaryTable
+from mm_engine.models.transformers_decoder import TransformersDecoder
+
+logger = logging.getLogger(__name__)
 
 
 class DecoderAttention(nn.Module):
@@ -100,12 +104,14 @@ class Decoder(nn.Module):
         StartupError: the config's activation isn't `silu`.
     """
 
+    activation: ClassVar[str] = "silu"
+
     def __init__(self, config: Any, ctx: ModelContext, features: dict[str, Any]) -> None:
         super().__init__()
-        if config.hidden_act != "silu":
+        if config.hidden_act != self.activation:
             raise StartupError(
                 f"activation of the text backbone is not supported: {config.hidden_act}. "
-                "The native decoder computes silu."
+                f"The native decoder computes {self.activation}."
             )
         attention_bias = bool(getattr(config, "attention_bias", False))
         qkv_bias = attention_bias or bool(features.get("qkv_bias", False))
@@ -177,16 +183,26 @@ def layer_window(config: Any, layer: int) -> int | None:
     return window
 
 
-def build_decoder(config: Any, ctx: ModelContext) -> Decoder:
+def build_decoder(config: Any, ctx: ModelContext) -> Decoder | TransformersDecoder:
     """The text backbone that `config` (a `text_config`) describes, weights still to be loaded.
 
+    The native decoder where it covers the config, else transformers' own modules over our cache.
+
     Raises:
-        StartupError: no decoder for this type of config.
+        StartupError: neither can serve it.
     """
+    features = native_features(config)
+    if features is not None:
+        return Decoder(config, ctx, features)
+    logger.info("Text backbone %s runs through transformers' modules.", config.model_type)
+    return TransformersDecoder(config, ctx)
+
+
+def native_features(config: Any) -> dict[str, Any] | None:
+    """What the native decoder must know of this type of config; None if it doesn't cover it."""
     table = json.loads(resources.files(__package__).joinpath("decoder_features.json").read_text())
-    if config.model_type not in table:
-        raise StartupError(
-            f"text backbone is not supported: {config.model_type}. "
-            f"The native decoder covers {', '.join(sorted(table))}."
-        )
-    return Decoder(config, ctx, table[config.model_type])
+    features: dict[str, Any] | None = table.get(config.model_type)
+    if features is None or config.hidden_act != Decoder.activation:
+        return None
+    kind = config.rope_parameters.get("rope_type", "default")
+    return features if kind in RotaryTable.kinds else None

@@ -16,13 +16,14 @@ class SupportsVision:
     """Mixin for an `nn.Module` that sees images. Set `self.language_model`, write `embed_images`.
 
     The class is built as `cls(ctx)` with parameters left uninitialised; weights come afterwards.
+    Whatever of the methods below doesn't fit a model can be overridden.
     """
 
-    language_model: Any  # a decoder of core's, or any module with the same four methods
+    language_model: Any  # what `build_decoder` returns
 
     #: Renames of checkpoint names, first match wins: prefix -> prefix of a parameter here. These
     #: cover the three layouts in circulation: the Hub's, transformers 5's in memory, and what its
-    #: `save_pretrained` writes.
+    #: `save_pretrained` writes. A model extends them: `{"connector.": "projector.", **…}`.
     weight_prefixes: ClassVar[dict[str, str]] = {
         "language_model.model.": "language_model.",
         "model.language_model.": "language_model.",
@@ -32,9 +33,9 @@ class SupportsVision:
         "model.": "",
     }
 
-    #: To be written: for each image its rows `[num_tokens, hidden]`, in the placeholder's order.
-    #: One keyword for each tensor that the mapper returns: equal shapes arrive stacked
-    #: `[num_images, ...]`, unequal ones as a list of tensors.
+    #: To be written: for each image its rows `[num_tokens, hidden]` in the dtype of `ctx`, as many
+    #: as its placeholder tokens and in their order. One keyword for each tensor that the mapper
+    #: returns: equal shapes arrive stacked `[num_images, ...]`, unequal ones as a list of tensors.
     embed_images: Callable[..., list[Tensor]]
 
     def forward(
@@ -62,7 +63,11 @@ class SupportsVision:
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> WeightReport:
-        """Copy `(checkpoint name, tensor)` pairs into the parameters, renaming by prefix."""
+        """Copy `(checkpoint name, tensor)` pairs into the parameters, renaming by prefix.
+
+        A tensor that no parameter is named after is left out; a parameter without a tensor ends
+        startup. To change tensors on the way, override this and hand on other pairs.
+        """
         assert isinstance(self, nn.Module)
         with torch.no_grad():
             return load_into(self, weights, self.weight_prefixes)

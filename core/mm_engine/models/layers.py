@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from mm_engine_kernels import reference
@@ -79,6 +79,8 @@ class RotaryTable(nn.Module):
         StartupError: the config asks for a scaling that depends on each prompt's own length.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn", "llama3")
+
     def __init__(self, config: Any, head_dim: int, max_len: int) -> None:
         super().__init__()
         parameters = config.rope_parameters
@@ -86,12 +88,12 @@ class RotaryTable(nn.Module):
         if kind == "default":
             exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
             inv_freq, scaling = 1.0 / (parameters["rope_theta"] ** exponents), 1.0
-        elif kind in ("linear", "yarn", "llama3"):
+        elif kind in self.kinds:
             inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         else:
             raise StartupError(
                 f"rope scaling of this checkpoint is not supported: {kind}. "
-                "Supported: default, linear, yarn, llama3."
+                f"Supported: {', '.join(self.kinds)}."
             )
         angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq.float())
         angles = torch.cat((angles, angles), dim=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,24 +28,19 @@ def weight_targets(model: nn.Module) -> dict[str, Tensor]:
     The parts of a fused `Linear` are named as the layers that they were before fusing.
     """
     targets: dict[str, Tensor] = {}
-    for module_name, module in model.named_modules():
-        prefix = f"{module_name}." if module_name else ""
-        for old, new in getattr(module, "weight_aliases", {}).items():
-            for name, parameter in getattr(module, new).named_parameters():
-                targets[f"{prefix}{old}.{name}"] = parameter.data
-    aliased = {tensor.data_ptr() for tensor in targets.values()}
+    public = checkpoint_names(model)
     for module_name, module in model.named_modules():
         if isinstance(module, Linear) and module.parts:
             parent = module_name.rpartition(".")[0]
             start = 0
             for part, rows in module.parts.items():
                 for name, parameter in module.named_parameters(recurse=False):
-                    targets[f"{parent}.{part}.{name}"] = parameter.data.narrow(0, start, rows)
+                    full = public(f"{parent}.{part}.{name}")
+                    targets[full] = parameter.data.narrow(0, start, rows)
                 start += rows
         else:
             for name, parameter in module.named_parameters(module_name, recurse=False):
-                if parameter.data.data_ptr() not in aliased:
-                    targets[name] = parameter.data
+                targets[public(name)] = parameter.data
     return targets
 
 
@@ -54,12 +49,28 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
     A checkpoint may bring them; one that it doesn't keeps what the constructor computed.
     """
+    public = checkpoint_names(model)
     return {
-        f"{module_name}.{name}".lstrip("."): buffer
+        public(f"{module_name}.{name}".lstrip(".")): buffer
         for module_name, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     }
+
+
+def checkpoint_names(model: nn.Module) -> Callable[[str], str]:
+    """A function from names in `model` to names in its checkpoint, by its `weight_aliases`.
+
+    A module's `weight_aliases` maps a checkpoint's name for a part to the part's own path, both
+    below that module; an empty name means that the part's tensors follow the module's name.
+    """
+    prefixes: dict[str, str] = {}
+    for module_name, module in model.named_modules():
+        for shown, path in getattr(module, "weight_aliases", {}).items():
+            own = ".".join(filter(None, (module_name, path)))
+            prefixes[f"{own}."] = "".join(f"{part}." for part in (module_name, shown) if part)
+    longest_first = dict(sorted(prefixes.items(), key=lambda pair: -len(pair[0])))
+    return lambda name: rename(name, longest_first)
 
 
 def rename(name: str, prefixes: Mapping[str, str]) -> str:
@@ -82,16 +93,35 @@ def load_into(
     buffers = persistent_buffers(model)
     report = WeightReport()
     spare: dict[str, Tensor] = {}  # heads of backbones whose config says that they have none
+    joiners = {
+        f"{name}.".lstrip("."): module.joined_weights()
+        for name, module in model.named_modules()
+        if hasattr(module, "joined_weights")
+    }
     for original, tensor in weights:
         name = rename(original, prefixes)
         target = targets.get(name, buffers.get(name))
         if target is None and name in tied:
             spare[name] = tensor
+        elif target is None and any(
+            name.startswith(prefix) and joiner.hold(name.removeprefix(prefix), tensor)
+            for prefix, joiner in joiners.items()
+        ):
+            continue
         elif target is None:
             report.unused.append(original)
         else:
             _copy(original, tensor, target)
             report.loaded.add(name)
+    for prefix, joiner in joiners.items():
+        for part, tensor in joiner.joined():
+            name = prefix + part
+            target = targets.get(name, buffers.get(name))
+            if target is None:
+                report.unused.append(name)
+            else:
+                _copy(name, tensor, target)
+                report.loaded.add(name)
     for name, tensor in spare.items():
         backbone, embeddings = tied[name]
         # As in transformers: of tied weights a checkpoint may bring either one, and if it brings
@@ -109,7 +139,10 @@ def load_into(
 def tied_heads(model: nn.Module) -> dict[str, tuple[Any, str]]:
     """Names of the heads that backbones don't have: the backbone, and its embeddings' name."""
     return {
-        f"{name}.lm_head.weight".lstrip("."): (module, f"{name}.embed_tokens.weight".lstrip("."))
+        f"{name}.lm_head.weight".lstrip("."): (
+            module,
+            f"{name}.{getattr(module, 'embeddings_name', 'embed_tokens')}.weight".lstrip("."),
+        )
         for name, module in model.named_modules()
         if hasattr(module, "untie") and module.lm_head is None
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,18 +15,26 @@ from mm_engine.errors import PluginError
 T = TypeVar("T")
 
 MAX_CAUSE_LENGTH = 300  # characters of a foreign exception's message that ours repeats
+MAX_HANGING_CALLS = 32  # given up on and still running; each holds a thread
+
+_hanging: set[threading.Thread] = set()
+_hanging_lock = threading.Lock()
 
 
 def with_time_limit(call: Callable[[], T], seconds: float | None, what: str) -> T:
     """Return `call()`, or give up on it after `seconds` (None: never).
 
-    A call that hangs can't be stopped: its daemon thread stays, but whoever waited goes on.
+    A call that hangs can't be stopped: its daemon thread stays, but whoever waited goes on. When
+    `MAX_HANGING_CALLS` threads have stayed, no more calls are made until one of them ends.
 
     Raises:
-        PluginError: the limit passed; the message starts with `what`.
+        PluginError: the limit passed, or too many calls hang; the message starts with `what`.
     """
     if seconds is None:
         return call()
+    if num_hanging_calls() >= MAX_HANGING_CALLS:
+        fact = f"not called, as {MAX_HANGING_CALLS} calls before it were given up on and still run"
+        raise PluginError(f"{what}: {fact}. Restart the server.")
     outcome: list[T] = []
     failure: list[BaseException] = []
 
@@ -41,8 +50,29 @@ def with_time_limit(call: Callable[[], T], seconds: float | None, what: str) -> 
     if failure:
         raise failure[0]
     if not outcome:
+        with _hanging_lock:
+            _hanging.add(thread)
         raise PluginError(f"{what}: took longer than {seconds:g} s.")
     return outcome[0]
+
+
+def num_hanging_calls() -> int:
+    """Return how many calls were given up on and still run."""
+    with _hanging_lock:
+        _hanging.difference_update([thread for thread in _hanging if not thread.is_alive()])
+        return len(_hanging)
+
+
+def may_be_the_users(error: BaseException) -> bool:
+    """Whether the exception may be the user's Ctrl-C, which is nobody's fault and must go on.
+
+    Python raises that one in the main thread, unless the process ignores the signal.
+    """
+    return (
+        isinstance(error, KeyboardInterrupt)
+        and threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    )
 
 
 def one_line(error: BaseException) -> str:

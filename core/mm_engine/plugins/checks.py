@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from mm_engine.plugins.blame import kind_of
@@ -32,6 +33,22 @@ def fault_of_mapped(tensors: object) -> str | None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return f"expected finite numbers in {name}, got NaN or infinity"
     return None
+
+
+def copy_of(item: object) -> object:
+    """Return an image's copy, for a hook to have; anything else as it is."""
+    return item.copy() if isinstance(item, Image.Image) else item
+
+
+def equal_items(given: object, original: object) -> bool:
+    """Say whether a hook left the copy that it was given as it was."""
+    if not (isinstance(given, Image.Image) and isinstance(original, Image.Image)):
+        return given is original
+    if (given.size, given.mode) != (original.size, original.mode):
+        return False
+    if given.mode != "RGB":  # the pipeline's images are; the cheaper comparison is for these
+        return given.tobytes() == original.tobytes()
+    return ImageChops.difference(given, original).getbbox() is None
 
 
 def fingerprint(inputs: PromptInputs) -> Hashable:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mm_engine.config import ModelContext
 from mm_engine.errors import RequestError, StartupError
 from mm_engine.plugins.blame import one_line
+from mm_engine.plugins.dummy import dummy_prompt
 from mm_engine.plugins.placeholders import expand_placeholders, image_token, placeholder_token_id
 from mm_engine.request import PromptInputs
 
@@ -90,39 +91,16 @@ def expand_to_max_tokens(
     return expand_placeholders(inputs, placeholder_token_id(ctx), counts, text=image_token(ctx))
 
 
-def dummy_prompt(
+def largest_images(
     ctx: ModelContext, seq_len: int, counts: Mapping[str, int], max_tokens: Callable[[str], int]
 ) -> PromptInputs:
-    """Return the largest images that the processor admits, then text up to `seq_len` tokens.
-
-    Images that don't fit in `ctx.max_model_len` together are left out.
+    """Return the largest images that the processor doesn't shrink, then text up to `seq_len`.
 
     Raises:
         StartupError: not even one image fits.
     """
-    wanted = counts.get("image", 0)
-    ids: list[int] = []
-    num_text_tokens = min(seq_len, ctx.max_model_len)
-    if wanted:
-        each = max_tokens("image")
-        num_items = min(wanted, (ctx.max_model_len - 1) // each)
-        if num_items == 0:
-            raise StartupError(
-                f"an image doesn't fit in max_model_len: it takes {each} tokens of "
-                f"{ctx.max_model_len}. Raise --max-model-len, or set --limit-mm-per-prompt image=0."
-            )
-        ids = [placeholder_token_id(ctx)] * num_items
-        num_text_tokens -= num_items * each
-    images = tuple(Image.new("RGB", _largest(ctx)) for _ in ids)
-    ids += [_filler_token(ctx)] * max(1, num_text_tokens)
-    data = {"image": images} if images else {}
-    return PromptInputs(prompt_token_ids=tuple(ids), multi_modal_data=data)
-
-
-def _filler_token(ctx: ModelContext) -> int:
-    special = set(ctx.tokenizer.all_special_ids)
-    ids = ctx.tokenizer.encode("a", add_special_tokens=False)
-    return next((token for token in ids if token not in special), 0)
+    size = _largest(ctx) if counts.get("image") else (0, 0)
+    return dummy_prompt(ctx, seq_len, counts, max_tokens, size=size)
 
 
 def _largest(ctx: ModelContext) -> tuple[int, int]:
@@ -148,8 +126,11 @@ def _check_shape(image: Image.Image, processor: Any) -> None:
     """Refuse an image that becomes enormous on its way to the model.
 
     One is padded to a square or scaled up by its short side: a strip of 2x100000 pixels would
-    take gigabytes.
+    take gigabytes. A processor with `image_grid_pinpoints` fits every image into one of these
+    sizes, whatever its shape.
     """
+    if getattr(processor, "image_grid_pinpoints", None):
+        return
     short, long = sorted(image.size)
     if short >= 1:
         if getattr(processor, "do_pad", False):

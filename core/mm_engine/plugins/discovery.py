@@ -21,6 +21,7 @@ from mm_engine.errors import StartupError
 from mm_engine.plugins.blame import one_line
 from mm_engine.plugins.one_file import declared_architectures, import_file, record_of
 from mm_engine.plugins.record import PluginRecord
+from mm_engine.plugins.versions import ENGINE, unmet_range
 
 if TYPE_CHECKING:
     from mm_engine.plugins.plugin import Plugin
@@ -141,19 +142,20 @@ def _entry_points(group: str) -> Iterator[tuple[str, str, metadata.EntryPoint]]:
             name, version = (distribution.name, distribution.version) if points else ("", "")
         except Exception:  # damaged metadata of some distribution on the path isn't our concern
             continue
-        if name and _normalized(name) not in seen:
-            seen.add(_normalized(name))
+        if name and normalized(name) not in seen:
+            seen.add(normalized(name))
             for point in points:
                 yield name, version or "unknown", point
 
 
-def _normalized(distribution: str) -> str:
+def normalized(distribution: str) -> str:
+    """Return a distribution's name as two spellings of it compare: `Mm_Foo` is `mm-foo`."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def _chosen(architecture: str, chosen: str, claimants: Sequence[PluginRecord]) -> PluginRecord:
     for record in claimants:
-        if _normalized(record.distribution) == _normalized(chosen):
+        if normalized(record.distribution) == normalized(chosen):
             return record
     others = ", ".join(record.distribution for record in claimants) or "none"
     raise StartupError(
@@ -188,6 +190,13 @@ def _import_installed(record: PluginRecord) -> ModuleType:
         raise StartupError(
             f"another version of {record.distribution} is installed than was asked for: {version}, "
             f"not {record.version}. Restart, so that every process loads the same one."
+        )
+    unmet = unmet_range(record.distribution)
+    if unmet is not None:
+        raise StartupError(
+            f"the plugin {record.label} was made for another version of mm-engine: it requires "
+            f"{unmet}, and {metadata.version(ENGINE)} is installed. "
+            f"Run: pip install --upgrade {ENGINE} {record.distribution}"
         )
     try:
         return importlib.import_module(record.module)

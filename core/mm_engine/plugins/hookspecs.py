@@ -49,10 +49,10 @@ def max_tokens(ctx: ModelContext, modality: str) -> int:
 def register_input_mapper(ctx: ModelContext, register: Register) -> None:
     """Call `register(modality, mapper)` for each modality whose items you map to tensors yourself.
 
-    `mapper(ctx, item)` turns one item, alone, into a dict of tensors on the CPU: the keywords of
-    `embed_images`, without a batch dimension, the same ones for each item. It has 30 s
-    (`hook_timeout`), may be called from several threads, and raises `RequestError` where the item
-    is at fault. This hook is called at startup in each process that maps items.
+    `mapper(ctx, item)` turns one item (an RGB image), alone, into a dict of tensors on the CPU:
+    the keywords of `embed_images`, without a batch dimension, the same ones for each item. It has
+    30 s (`hook_timeout`), may be called from several threads, and raises `RequestError` where the
+    item is at fault. This hook is called at startup in each process that maps items.
     Not implemented: the checkpoint's own Hugging Face image processor.
     """
     raise AssertionError("a hookspec is never called")
@@ -63,9 +63,9 @@ def input_processor(ctx: ModelContext, inputs: PromptInputs) -> PromptInputs:
     """Return `inputs` with each item's placeholder expanded and its range in `placeholders`.
 
     Called for each prompt with items, after the mapper and with the same time limit.
-    `inputs.prompt_token_ids` holds one placeholder token for each item and `inputs.mapped` the
-    items' tensors. Must not change what it is given; `expand_placeholders` does the work for most
-    models.
+    `inputs.prompt_token_ids` holds one placeholder token for each item, `inputs.multi_modal_data`
+    the RGB images and `inputs.mapped` their tensors. Must not change what it is given, nor a token
+    outside of the ranges; `expand_placeholders` does the work for most models.
     Not implemented: each placeholder token becomes `max_tokens` of them.
     """
     raise AssertionError("a hookspec is never called")
@@ -86,7 +86,10 @@ def dummy_data(ctx: ModelContext, seq_len: int, counts: Mapping[str, int]) -> Pr
 def placeholder_text(ctx: ModelContext, modality: str, index: int) -> str:
     """Return the text that stands for item number `index` (from 0) of `modality` in a prompt.
 
-    Called when a chat is rendered and when a raw prompt is read; it must contain the placeholder
-    token exactly once. Not implemented: the tokenizer's image token.
+    Called when a chat is rendered: the text takes the place of the bare image token that a chat
+    template writes, or of the image where a template takes strings only. In a raw prompt the
+    caller writes it. It must contain the placeholder token exactly once; what stands around that
+    (markers such as `<img>` and `</img>`) is text of the prompt.
+    Not implemented: the tokenizer's image token.
     """
     raise AssertionError("a hookspec is never called")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -10,14 +13,36 @@ from torch import Tensor, nn
 
 from mm_engine.config import ModelContext
 from mm_engine.errors import MMEngineError, PluginError
-from mm_engine.plugins import defaults
-from mm_engine.plugins.blame import kind_of, one_line, place_of, with_time_limit
-from mm_engine.plugins.checks import fault_of_mapped, fault_of_processed, fingerprint
+from mm_engine.plugins import defaults, hookspecs
+from mm_engine.plugins.blame import (
+    kind_of,
+    may_be_the_users,
+    one_line,
+    place_of,
+    with_time_limit,
+)
+from mm_engine.plugins.checks import (
+    copy_of,
+    equal_items,
+    fault_of_mapped,
+    fault_of_processed,
+    fingerprint,
+)
 from mm_engine.plugins.hookspecs import Mapper
 from mm_engine.plugins.placeholders import image_token, placeholder_token_id
 from mm_engine.plugins.record import PluginRecord
 from mm_engine.plugins.registration import hook_names, register
+from mm_engine.plugins.retired import caller, retired_uses
 from mm_engine.request import PromptInputs
+
+
+@dataclass(frozen=True, slots=True)
+class HookCall:
+    """One call of a hook, or of a model's method, as an observer is told of it."""
+
+    hook: str
+    place: str  # `mm_foo/plugin.py:42`, or that it was mm-engine's default
+    seconds: float
 
 
 class Plugin:
@@ -26,13 +51,13 @@ class Plugin:
     Each method calls a hook (or does what the hook's default is) and checks the result. Whatever
     a plugin raises, SystemExit too, and whatever breaks the contract becomes a `PluginError` that
     names distribution, version, hook and place. Our own errors pass: with a `RequestError` a
-    plugin says that the user's item is at fault.
+    plugin says that the user's item is at fault. Hooks get copies of the user's images.
     """
 
     def __init__(
         self, record: PluginRecord, module: ModuleType, *, timeout: float | None = None
     ) -> None:
-        """Check the hooks of `module`; mappers and processors get `timeout` seconds a call.
+        """Check the hooks of `module`; hooks and mappers get `timeout` seconds a call.
 
         Raises:
             PluginError: the hooks don't fit the hook specifications.
@@ -43,9 +68,9 @@ class Plugin:
         self._manager = register(module, self.label)
         #: Hook -> its function in the plugin; of a model's method, the method.
         self._functions: dict[str, Callable[..., Any]] = {
-            name: caller.get_hookimpls()[0].function
+            name: found[0].function
             for name in hook_names()
-            if (caller := getattr(self._manager.hook, name)).get_hookimpls()
+            if (found := getattr(self._manager.hook, name).get_hookimpls())
         }
         self._ctx: ModelContext | None = None
         self._model_class: type[nn.Module] | None = None
@@ -53,6 +78,10 @@ class Plugin:
         self._max_tokens: dict[str, int] = {}
         self._placeholder_texts: dict[tuple[str, int], str] = {}
         self._keys: dict[str, frozenset[str]] = {}
+        #: One line for each retired hook or argument that the plugin still uses.
+        self.notices = retired_uses(self._functions, self.label, hookspecs)
+        #: Told of each call when it has ended; `engine plugins trace` sets it.
+        self.observer: Callable[[HookCall], None] | None = None
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -111,8 +140,11 @@ class Plugin:
         hook = "register_input_mapper"
         ours = mapper is defaults.map_image
         place = "mm-engine's default" if ours else place_of(mapper)
-        tensors = self._guard(hook, mapper, lambda: mapper(ctx, item), self._line(hook, place))
+        given = item if ours else copy_of(item)
+        tensors = self._guard(hook, mapper, lambda: mapper(ctx, given), self._line(hook, place))
         fault = fault_of_mapped(tensors)
+        if fault is None and not equal_items(given, item):
+            fault = f"expected the given {modality} unchanged, got it modified"
         keys = self._keys.setdefault(modality, frozenset(tensors)) if fault is None else None
         if keys is not None and keys != frozenset(tensors):
             fault = f"expected the tensors {sorted(keys)} for each item, got {sorted(tensors)}"
@@ -130,16 +162,30 @@ class Plugin:
             PluginError: the processor is.
         """
         hook = "input_processor"
+        own = hook in self._functions and any(inputs.mapped.values())
+        originals = inputs.multi_modal_data
+        if own:
+            data = {name: tuple(map(copy_of, items)) for name, items in originals.items()}
+            inputs = dataclasses.replace(inputs, multi_modal_data=data)
         before = fingerprint(inputs)
         # Without items there is nothing to expand: a placeholder left in the text is the
         # caller's fault, which the default says; the hook is for prompts with items.
-        if hook in self._functions and any(inputs.mapped.values()):
-            result = self._call(hook, limited=True, ctx=ctx, inputs=inputs)
+        if own:
+            result = self._call(hook, ctx=ctx, inputs=inputs)
         else:
-            result = defaults.expand_to_max_tokens(
-                ctx, inputs, lambda modality: self.max_tokens(ctx, modality)
+            result = self.observed(
+                hook,
+                defaults.expand_to_max_tokens,
+                lambda: defaults.expand_to_max_tokens(
+                    ctx, inputs, lambda modality: self.max_tokens(ctx, modality)
+                ),
             )
-        if fingerprint(inputs) != before:
+        same = fingerprint(inputs) == before and all(
+            equal_items(given, item)
+            for name, items in inputs.multi_modal_data.items()
+            for given, item in zip(items, originals[name], strict=True)
+        )
+        if not same:
             raise self.blame(hook, "expected the given inputs unchanged, got them modified")
         fault = fault_of_processed(inputs, result, lambda modality: self.max_tokens(ctx, modality))
         if fault is not None:
@@ -151,7 +197,7 @@ class Plugin:
     ) -> PromptInputs:
         """Return the costliest prompt with `counts` items, raw."""
         if "dummy_data" not in self._functions:
-            return defaults.dummy_prompt(
+            return defaults.largest_images(
                 ctx, seq_len, counts, lambda modality: self.max_tokens(ctx, modality)
             )
         inputs = self._call("dummy_data", ctx=ctx, seq_len=seq_len, counts=dict(counts))
@@ -209,29 +255,45 @@ class Plugin:
         self._max_tokens, self._placeholder_texts, self._keys = {}, {}, {}
         self._mappers, self._ctx = mappers, ctx
 
-    def _call(self, hook: str, *, limited: bool = False, **arguments: Any) -> Any:
+    def _call(self, hook: str, **arguments: Any) -> Any:
         function = self._functions[hook]
-        caller = getattr(self._manager.hook, hook)
+        hook_caller = getattr(self._manager.hook, hook)
         what = self._line(hook, place_of(function))
-        return self._guard(hook, function, lambda: caller(**arguments), what, limited=limited)
+        return self._guard(hook, function, lambda: hook_caller(**arguments), what)
 
     def _guard(
-        self,
-        hook: str,
-        function: Callable[..., Any],
-        call: Callable[[], Any],
-        what: str,
-        *,
-        limited: bool = True,
+        self, hook: str, function: Callable[..., Any], call: Callable[[], Any], what: str
     ) -> Any:
         """Return `call()` with every foreign failure turned into a `PluginError`."""
+
+        def guarded() -> Any:  # in the call's own thread, where no Ctrl-C arrives
+            token = caller.set(f"{self.label} · {hook}")
+            try:
+                return call()
+            except MMEngineError:
+                raise
+            except BaseException as error:  # SystemExit too: a plugin doesn't end the server
+                if may_be_the_users(error):
+                    raise
+                line = self._line(hook, place_of(function, error), f"raised {one_line(error)}")
+                raise PluginError(line) from error
+            finally:
+                caller.reset(token)
+
+        return self.observed(hook, function, lambda: with_time_limit(guarded, self._timeout, what))
+
+    def observed(self, hook: str, function: Callable[..., Any], call: Callable[[], Any]) -> Any:
+        """Return `call()`, which calls `function`, and tell the observer of it if there is one."""
+        if self.observer is None:
+            return call()
+        start = time.perf_counter()
         try:
-            return with_time_limit(call, self._timeout if limited else None, what)
-        except (MMEngineError, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # SystemExit too: a plugin doesn't end the server
-            line = self._line(hook, place_of(function, error), f"raised {one_line(error)}")
-            raise PluginError(line) from error
+            return call()
+        finally:
+            seconds = time.perf_counter() - start
+            ours = getattr(function, "__module__", None) == defaults.__name__
+            place = "mm-engine's default" if ours else place_of(function)
+            self.observer(HookCall(hook, place, seconds))
 
     def _line(self, hook: str, place: str, fact: str | None = None) -> str:
         head = f"{self.label} · {hook} ({place})"

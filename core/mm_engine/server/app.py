@@ -18,6 +18,7 @@ from mm_engine.server.completions import open_completion
 from mm_engine.server.errors import ErrorBoundary, add_error_handlers
 from mm_engine.server.exchange import Exchange
 from mm_engine.server.limits import ApiKey, BodyLimit
+from mm_engine.server.plugin_list import plugin_list
 from mm_engine.server.protocol import ChatRequest, CompletionRequest
 from mm_engine.server.responses import (
     ChatCompletion,
@@ -26,6 +27,7 @@ from mm_engine.server.responses import (
     Health,
     ModelCard,
     ModelList,
+    PluginList,
     Version,
 )
 from mm_engine.server.service import Service
@@ -43,6 +45,7 @@ ROUTES = frozenset(
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/models",
+        "/v1/plugins",
         "/health",
         "/version",
         "/metrics",
@@ -113,6 +116,11 @@ def _add_information_routes(app: FastAPI, service: Service) -> None:
         """One of these names."""
         service.check_model(name)
         return card(name)
+
+    @app.get("/v1/plugins", responses=key_errors, response_model_exclude_unset=True)
+    async def list_plugins() -> PluginList:
+        """The plugin that serves the model, and what else is installed (none of it imported)."""
+        return await service.in_thread(lambda: plugin_list(service.pipeline))
 
     @app.get("/health", responses={503: {"model": ErrorBody}})
     async def health() -> Health:

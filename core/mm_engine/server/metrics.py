@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from mm_engine.contract import contract_version
+from mm_engine.plugins.record import PluginRecord
+
 if TYPE_CHECKING:
     from mm_engine.engine.status import EngineStats
 
@@ -57,8 +60,16 @@ class EngineCollector:
 class Metrics:
     """The server's metrics, in a registry of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, plugin: PluginRecord) -> None:
         self.registry = CollectorRegistry()
+        served = Gauge(
+            "mm_engine_plugin_info",
+            "The plugin that serves the model, and the version of the hooks' contract; always 1",
+            ["distribution", "version", "architecture", "contract"],
+            registry=self.registry,
+        )
+        contract = contract_version()
+        served.labels(plugin.distribution, plugin.version, plugin.architecture, contract).set(1)
         self.engine = EngineCollector()
         self.registry.register(self.engine)
         self.requests = Counter(

@@ -149,6 +149,26 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class PluginCard(BaseModel):
+    """An installed plugin and one architecture that it claims. The served one tells more."""
+
+    distribution: str
+    version: str
+    architecture: str
+    module: str
+    served: bool
+    hooks: list[str] | None = None  # that it implements; of the served one only: it is loaded
+    max_tokens: dict[str, int] | None = None  # of one item, by modality
+
+
+class PluginList(BaseModel):
+    """The answer to `GET /v1/plugins`."""
+
+    object: Literal["list"]
+    contract: str  # the version of mm-engine's hooks, as `0.1`
+    data: list[PluginCard]
+
+
 class Version(BaseModel):
     """The answer to `GET /version`."""
 

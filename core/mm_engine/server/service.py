@@ -56,7 +56,7 @@ class Service:
         self.client = client
         self.pipeline = pipeline
         self.settings = settings
-        self.metrics = Metrics()
+        self.metrics = Metrics(pipeline.plugin.record)
         self.num_prompts = 0  # admitted and not yet answered
         self.draining = False
         max_images = pipeline.ctx.limits.get("image", 0)

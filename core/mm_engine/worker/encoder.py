@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mm_engine.errors import MMEngineError
-from mm_engine.plugins.blame import kind_of, one_line
+from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.plugins.plugin import Plugin
 from mm_engine.request import Item
 
@@ -17,8 +17,16 @@ from mm_engine.request import Item
 class Encoder:
     """Encodes items and keeps their features by content key until the engine says to drop them."""
 
-    def __init__(self, model: Any, plugin: Plugin, hidden_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        plugin: Plugin,
+        hidden_size: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.model = model
+        self.dtype = dtype  # of the features
         self.plugin = plugin
         self.hidden_size = hidden_size
         self.device = device
@@ -61,8 +69,13 @@ class Encoder:
         }
         try:
             with torch.inference_mode():
-                features = getattr(self.model, method)(**tensors)
-        except (Exception, SystemExit) as error:  # a plugin doesn't end the engine
+                embed = getattr(self.model, method)
+                features = self.plugin.observed(
+                    method, embed, lambda: self._finished(embed(**tensors))
+                )
+        except BaseException as error:  # SystemExit too: a plugin doesn't end the engine
+            if may_be_the_users(error):
+                raise
             raise self.plugin.blame(method, f"raised {one_line(error)}", error) from error
         if isinstance(features, Tensor):
             features = list(features) if features.dim() == 3 else features
@@ -81,19 +94,27 @@ class Encoder:
             self.features[item.content_key] = rows.clone()
         self.num_encoded += len(items)
 
+    def _finished(self, features: Any) -> Any:
+        """Wait for the device if the call is timed: launching work isn't doing it."""
+        if self.plugin.observer is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return features
+
     def _check(self, method: str, item: Item, rows: Any) -> Tensor:
         wanted = [item.placeholder.length, self.hidden_size]
         what = f"{item.modality} {item.placeholder.item}"
         if not isinstance(rows, Tensor):
             raise self.plugin.blame(method, f"expected a tensor for {what}, got {kind_of(rows)}")
         if list(rows.shape) != wanted:
+            own = "input_processor" in self.plugin.hooks
+            counted = f"{wanted[0]} placeholder tokens, by "
+            counted += "input_processor" if own else "max_tokens"
             raise self.plugin.blame(
-                method, f"expected shape {wanted} for {what}, got {list(rows.shape)}"
+                method, f"expected shape {wanted} for {what} ({counted}), got {list(rows.shape)}"
             )
-        if not rows.is_floating_point():
-            raise self.plugin.blame(
-                method, f"expected a floating dtype for {what}, got {rows.dtype}"
-            )
+        if rows.dtype != self.dtype:
+            expected, got = (str(d).removeprefix("torch.") for d in (self.dtype, rows.dtype))
+            raise self.plugin.blame(method, f"expected dtype {expected} for {what}, got {got}")
         if rows.device.type != self.device.type:
             raise self.plugin.blame(
                 method, f"expected device {self.device} for {what}, got {rows.device}"

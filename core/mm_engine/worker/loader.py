@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,13 @@ from mm_engine.errors import MMEngineError, StartupError
 from mm_engine.models import checkpoint
 from mm_engine.models.interfaces import SupportsVision
 from mm_engine.models.layers import pack_linears
-from mm_engine.models.weights import fill_random
+from mm_engine.models.weights import WeightReport, fill_random
+from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.plugins.discovery import demos, find, load
 from mm_engine.plugins.plugin import Plugin
 from mm_engine.plugins.record import PluginRecord
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,8 +49,11 @@ def open_model(config: EngineConfig, record: PluginRecord | None = None) -> Open
     """
     bundled = demos()
     path = bundled[config.model] if config.model in bundled else checkpoint.locate(config.model)
+    found_here = record is None
     record = record or find(checkpoint.read_architecture(path), config.plugins)
     plugin = load(record, timeout=config.hook_timeout)
+    for notice in plugin.notices if found_here else ():  # the process that found it says it
+        logger.warning("%s", notice)
     # After its plugin, which may bring the config's class.
     hf_config, architecture = checkpoint.read_config(path)
     tokenizer = checkpoint.read_tokenizer(path)
@@ -151,10 +158,11 @@ def load_model(opened: OpenedModel, device: torch.device) -> LoadedModel:
             model: Any = model_class(ctx)
     except MMEngineError:
         raise
-    except Exception as error:
-        raise plugin.blame(
-            "model_class", f"{model_class.__name__}(ctx) raised {type(error).__name__}: {error}"
-        ) from error
+    except BaseException as error:  # SystemExit too: a plugin doesn't end the engine
+        if may_be_the_users(error):
+            raise
+        fact = f"{model_class.__name__}(ctx) raised {one_line(error)}"
+        raise plugin.blame("model_class", fact) from error
     if not isinstance(model, SupportsVision) or not isinstance(model, nn.Module):
         raise plugin.blame(
             "model_class", f"expected an nn.Module with SupportsVision, got {model_class.__name__}"
@@ -162,9 +170,19 @@ def load_model(opened: OpenedModel, device: torch.device) -> LoadedModel:
     if config.load_format == "dummy":
         fill_random(model, config.seed)
     elif config.load_format == "auto":
-        report = model.load_weights(
-            checkpoint.read_weights(ctx.checkpoint, progress=config.progress)
-        )
+        weights = checkpoint.read_weights(ctx.checkpoint, progress=config.progress)
+        try:
+            report = model.load_weights(weights)
+        except MMEngineError:
+            raise
+        except BaseException as error:
+            if may_be_the_users(error):
+                raise
+            fact = f"raised {one_line(error)}"
+            raise plugin.blame("load_weights", fact, error) from error
+        if not isinstance(report, WeightReport):
+            fact = f"expected a WeightReport, got {kind_of(report)}"
+            raise plugin.blame("load_weights", fact)
         if report.missing:
             raise StartupError(
                 f"weights are missing: {ctx.checkpoint} lacks {len(report.missing)} "

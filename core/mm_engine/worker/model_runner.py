@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from mm_engine_kernels import reference
@@ -14,7 +15,7 @@ from mm_engine.attention.torch_sdpa import TorchAttention
 from mm_engine.config import EngineConfig
 from mm_engine.errors import MMEngineError, PluginError, StartupError
 from mm_engine.outputs import ErrorInfo
-from mm_engine.plugins.blame import one_line
+from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.request import Item, Request
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence
 from mm_engine.sequence import Sequence as EngineSequence
@@ -46,8 +47,9 @@ class ModelRunner:
                 f"attention backend is not known: {config.attention_backend}. Use auto or torch."
             )
         self.backend = TorchAttention()
+        self.vocab_size = int(opened.ctx.text_config.vocab_size)
         hidden_size = int(opened.ctx.text_config.hidden_size)
-        self.encoder = Encoder(self.model, opened.plugin, hidden_size, self.device)
+        self.encoder = Encoder(self.model, opened.plugin, hidden_size, self.device, self.dtype)
         self.sampler = Sampler(config.seed)
         self.kv_caches: list[tuple[Tensor, Tensor]] = []
 
@@ -89,18 +91,14 @@ class ModelRunner:
             self.init_cache(num_blocks)
             sequence.block_table = list(range(num_blocks))
             with self.memory.measured():
-                for item in request.items:
-                    errors = self.encoder.encode([item])
-                    if errors:
-                        raise next(iter(errors.values()))
+                # Together, as a step that holds them all does: that is the encoder's peak.
+                errors = self.encoder.encode(request.items)
+                if errors:
+                    raise next(iter(errors.values()))
                 while sequence.num_uncomputed_tokens:
                     num_new = min(sequence.num_uncomputed_tokens, self.max_num_batched_tokens)
                     batch = ScheduledBatch((ScheduledSequence(sequence, num_new),))
-                    try:
-                        (token,) = self.run(batch)
-                    except (Exception, SystemExit) as error:  # the model is a plugin's
-                        fact = f"raised {one_line(error)}"
-                        raise self.opened.plugin.blame("forward", fact, error) from error
+                    (token,) = self.run(batch)
                     if token.error is not None:
                         raise PluginError(token.error.message)
                     sequence.num_computed_tokens += num_new
@@ -149,7 +147,10 @@ class ModelRunner:
             hidden = self._forward(forward)
             broken = dict.fromkeys(_not_finite(hidden, forward.metadata.query_lens), "forward")
             if forward.sampled:
-                logits = self.model.compute_logits(hidden[forward.sampled_rows])
+                with self._blamed("compute_logits"):
+                    logits = self.model.compute_logits(hidden[forward.sampled_rows])
+                    wanted = [len(forward.sampled), self.vocab_size]
+                    self._check_shape("compute_logits", "logits", logits, wanted)
                 finite = logits.amax(-1).isfinite()  # NaN spreads; single -inf are fine
                 if not bool(finite.all()):
                     logits = logits.masked_fill(~finite[:, None], 0.0)
@@ -167,7 +168,10 @@ class ModelRunner:
             return results
 
     def _forward(self, forward: ForwardBatch) -> Tensor:
-        embeds = self.model.embed_tokens(forward.input_ids)
+        with self._blamed("embed_tokens"):
+            embeds = self.model.embed_tokens(forward.input_ids)
+            wanted = [len(forward.input_ids), self.encoder.hidden_size]
+            self._check_shape("embed_tokens", "embeddings", embeds, wanted)
         if forward.merges:
             rows = [
                 self.encoder.features[item.content_key][first : first + num]
@@ -176,10 +180,35 @@ class ModelRunner:
             places = [torch.arange(to, to + num) for _, _, to, num in forward.merges]
             positions = torch.cat(places).to(self.device)
             embeds = reference.merge_by_position(embeds, torch.cat(rows), positions)
-        hidden: Tensor = self.model.forward(
-            forward.input_ids, forward.positions, forward.metadata, inputs_embeds=embeds
-        )
+        with self._blamed("forward"):
+            hidden: Tensor = self.model.forward(
+                forward.input_ids, forward.positions, forward.metadata, inputs_embeds=embeds
+            )
+            self._check_shape("forward", "hidden states", hidden, wanted)
         return hidden
+
+    @contextmanager
+    def _blamed(self, method: str) -> Iterator[None]:
+        """Turn what a method of the model raises into a `PluginError`; the model is a plugin's."""
+        try:
+            yield
+        except (MMEngineError, torch.OutOfMemoryError):
+            raise
+        except BaseException as error:  # SystemExit too: a plugin doesn't end the engine
+            if may_be_the_users(error):
+                raise
+            raise self.opened.plugin.blame(method, f"raised {one_line(error)}", error) from error
+
+    def _check_shape(self, method: str, what: str, got: object, wanted: list[int]) -> None:
+        """Raise `PluginError` unless `got` is a tensor of numbers of this shape, where it runs."""
+        if not isinstance(got, Tensor):
+            raise self.opened.plugin.blame(method, f"expected {what}, got {kind_of(got)}")
+        if list(got.shape) != wanted:
+            fact = f"expected {what} of shape {wanted}, got {list(got.shape)}"
+            raise self.opened.plugin.blame(method, fact)
+        if not got.is_floating_point() or got.device.type != self.device.type:
+            fact = f"expected {what} of a floating dtype on {self.device.type}, got {kind_of(got)}"
+            raise self.opened.plugin.blame(method, f"{fact} on {got.device.type}")
 
     def _to_encode(self, batch: ScheduledBatch) -> list[Item]:
         """The items that the plan names, and those that a step which was cut short has lost."""

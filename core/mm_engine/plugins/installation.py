@@ -1,0 +1,182 @@
+"""What lies on the import path: distributions as they are on disk, damaged ones too."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from mm_engine.plugins.discovery import DEMO_GROUP, PLUGIN_GROUP, normalized
+
+CONFIG_GROUP = "mm_engine.test_configs"
+GROUPS = (PLUGIN_GROUP, DEMO_GROUP, CONFIG_GROUP)
+HEADER = re.compile(rb"^\s*\[mm_engine\.\w+\]\s*$", re.MULTILINE)
+#: Damage of any distribution after which importlib.metadata gives nobody's entry points.
+BREAKS_ALL = "entry_points.txt can't be parsed"
+ENGINE = ("mm-engine", "mm-engine-kernels")
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """One folder of metadata (`*.dist-info`) on the import path."""
+
+    folder: Path
+    name: str  # from the metadata, or else from the folder's name
+    version: str
+    requires: tuple[str, ...]
+    entry_points: tuple[metadata.EntryPoint, ...]  # those of mm-engine's groups
+    damage: tuple[str, ...]  # what can't be read, as `METADATA (has no Name)`
+
+    @property
+    def label(self) -> str:
+        """Name and version, as messages have them."""
+        return f"{self.name} {self.version}"
+
+    @property
+    def source(self) -> Path | None:
+        """The folder that was installed in editable mode; None for a usual installation."""
+        origin = self._origin()
+        editable = origin.get("dir_info", {}).get("editable") is True
+        return _local_path(origin) if editable else None
+
+    def project(self) -> dict[str, Any]:
+        """The `project` table of an editable installation's pyproject.toml; empty without one."""
+        if self.source is None:
+            return {}
+        try:
+            table = tomllib.loads((self.source / "pyproject.toml").read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        project = table.get("project")
+        return project if isinstance(project, dict) else {}
+
+    def reinstall(self) -> str:
+        """The command that writes this installation anew."""
+        if self.source is not None:
+            return f"pip install -e {shlex.quote(str(self.source))}"
+        path = _local_path(self._origin())
+        if path is not None and path.exists():
+            return f"pip install --force-reinstall --no-deps {shlex.quote(str(path))}"
+        return f"pip install --force-reinstall --no-deps {self.name}"
+
+    def _origin(self) -> dict[str, Any]:
+        try:
+            origin = json.loads((self.folder / "direct_url.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return origin if isinstance(origin, dict) else {}
+
+
+def _local_path(origin: dict[str, Any]) -> Path | None:
+    url = urlsplit(str(origin.get("url", "")))
+    return Path(unquote(url.path)) if url.scheme == "file" else None
+
+
+def installations() -> list[Installation]:
+    """Return all that has to do with mm-engine, in the order of the import path."""
+    found = {}
+    for entry in sys.path:
+        folder = Path(entry or ".")
+        for info in sorted(folder.glob("*.dist-info")) if folder.is_dir() else ():
+            if info.is_dir() and info.resolve() not in found:
+                found[info.resolve()] = read(info)
+    concerned = {normalized(each.name) for each in found.values() if _is_ours(each)}
+    return [each for each in found.values() if normalized(each.name) in concerned]
+
+
+def _is_ours(installation: Installation) -> bool:
+    if installation.entry_points or normalized(installation.name) in ENGINE:
+        return True
+    if any(damage.startswith(BREAKS_ALL) for damage in installation.damage):
+        return True
+    return bool(installation.damage) and (
+        b"mm_engine." in _bytes(installation.folder / "entry_points.txt")
+        or b"Requires-Dist: mm-engine" in _bytes(installation.folder / "METADATA")
+    )
+
+
+def read(info: Path) -> Installation:
+    """Return what a folder of metadata says, and what of it can't be read."""
+    distribution = metadata.Distribution.at(info)
+    guessed, _, rest = info.name.removesuffix(".dist-info").lstrip("~").partition("-")
+    name, version, damage = guessed.replace("_", "-"), rest or "unknown", []
+    requires: tuple[str, ...] = ()
+    try:
+        (info / "METADATA").read_text("utf-8")
+        given = distribution.metadata
+        if not given["Name"] or not given["Version"]:
+            damage.append(f"METADATA has no {'Name' if not given['Name'] else 'Version'}")
+        name, version = given["Name"] or name, given["Version"] or version
+        requires = tuple(given.get_all("Requires-Dist") or ())
+    except (OSError, ValueError, KeyError) as error:
+        damage.append(f"METADATA can't be read ({type(error).__name__})")
+    points: tuple[metadata.EntryPoint, ...] = ()
+    try:
+        points = tuple(point for point in distribution.entry_points if point.group in GROUPS)
+        for point in points:
+            if not re.fullmatch(r"\w+(\.\w+)*", point.value):
+                damage.append(f"entry_points.txt names no module for {point.name}: {point.value!r}")
+        text = _bytes(info / "entry_points.txt")
+        if b"[mm_engine." in text and not HEADER.search(text):
+            damage.append("entry_points.txt can't be read (no section)")
+    except Exception as error:  # importlib.metadata's parser raises what comes along
+        damage.append(f"{BREAKS_ALL} ({type(error).__name__})")
+    damage += _changed(distribution, info)
+    return Installation(info, name, version, requires, points, tuple(damage))
+
+
+def _changed(distribution: metadata.Distribution, info: Path) -> Iterator[str]:
+    """The files that decide what is found, where they aren't what was installed."""
+    try:
+        files = distribution.files or []
+    except Exception as error:  # likewise
+        yield f"RECORD can't be read ({type(error).__name__})"
+        return
+    for file in files:
+        if file.name in ("METADATA", "entry_points.txt") and file.parent.name == info.name:
+            size = len(_bytes(info / file.name))
+            if file.size is not None and size != file.size:
+                yield f"{file.name} has {size} bytes, and {file.size} were installed"
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def spec_of(module: str) -> importlib.machinery.ModuleSpec | None:
+    """Return where a module lies, or None; no part of it is imported."""
+    first, *rest = module.split(".")
+    try:
+        spec = importlib.util.find_spec(first)
+        for index in range(len(rest)):
+            if spec is None or spec.submodule_search_locations is None:
+                return None
+            name = ".".join([first, *rest[: index + 1]])
+            places = list(spec.submodule_search_locations)
+            spec = importlib.machinery.PathFinder.find_spec(name, places)
+    except (ImportError, ValueError):
+        return None
+    return spec
+
+
+def package_folder(package: str) -> Path | None:
+    """Return the folder `mm_foo/tiny` of `mm_foo.tiny`, found as `discovery.demos` does."""
+    first, *rest = package.split(".")
+    spec = spec_of(first)
+    for location in (spec.submodule_search_locations if spec else None) or ():
+        if Path(location, *rest).is_dir():
+            return Path(location, *rest)
+    return None

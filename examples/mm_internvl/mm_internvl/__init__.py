@@ -1,0 +1,1 @@
+"""InternVLForConditionalGeneration for mm-engine."""

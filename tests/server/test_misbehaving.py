@@ -1,0 +1,189 @@
+"""A plugin that breaks its contract, in the real server: refused at startup, or one 500.
+
+The catalogue of all such plugins runs in tests/plugins/test_misbehaving.py in one process. Here
+are those that could end a process, hold up its loop, or be lost between the two processes.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from pictures import data_url, encode, quarters
+from serving import ENGINE, ServerProcess, environment, wait_until
+from wrong_plugins import HANG_SECONDS, WRONG_PLUGINS, edited
+
+HOOK_TIMEOUT = 1.5  # seconds
+#: The width of an image in pixels -> where a statement is put in, its code, what is blamed, why.
+FAULTS = {
+    51: ("input_processor", "time.sleep(4)", "input_processor", "took longer than 1.5 s"),
+    52: ("input_processor", "raise SystemExit(3)", "input_processor", "raised SystemExit: 3"),
+    53: ("input_processor", "counts[0] -= 1", "embed_images", "expected shape [15, 64] for"),
+    54: ("to_tensors", "raise KeyboardInterrupt", "register_input_mapper", "raised KeyboardInte"),
+    55: ("to_tensors", "time.sleep(4)", "register_input_mapper", "took longer than 1.5 s"),
+    56: ("to_tensors", "image.thumbnail((9, 9))", "register_input_mapper", "got it modified"),
+    57: ("embed_images", "rows[0] = rows[0] * float('nan')", "embed_images", "got NaN or inf"),
+    58: ("embed_images", "raise SystemExit(3)", "embed_images", "raised SystemExit: 3"),
+    59: ("embed_images", "raise KeyboardInterrupt", "embed_images", "raised KeyboardInterrupt"),
+    60: ("embed_images", "rows[0] = rows[0][:, 1:]", "embed_images", "got [16, 63]"),
+}
+WIDTHS = {
+    "input_processor": "images[0].width",
+    "to_tensors": "image.width",
+    "embed_images": "int(width[0])",
+}
+
+
+def faulty_plugin() -> str:
+    """The right plugin, with all of `FAULTS`."""
+    edits = []
+    for mark, width in WIDTHS.items():
+        indent = " " * (4 if mark == "input_processor" else 8)
+        lines = [
+            f"{indent}if {width} == {number}: {code}\n"
+            for number, (at, code, _, _) in FAULTS.items()
+            if at == mark
+        ]
+        edits.append((f"{indent}# {mark}\n", "".join(lines)))
+    ends = "        if marked.sum() > 4: raise SystemExit(3)\n"  # a random model writes some @ too
+    return edited(*edits, ("        # forward\n", ends))
+
+
+@pytest.fixture(scope="module")
+def faulty(llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("faulty")
+    plugin = folder / "faulty.py"
+    plugin.write_text(faulty_plugin())
+    flags = (
+        *(str(llava), "--plugin", str(plugin), "--hook-timeout", str(HOOK_TIMEOUT)),
+        *("--kv-cache-memory", "32MiB"),
+    )
+    with ServerProcess(folder, *flags) as server:
+        yield server
+
+
+def ask(server: ServerProcess, width: int, *, text: str = "What?", **fields: Any) -> httpx.Response:
+    image = {"type": "image_url", "image_url": {"url": data_url(encode(quarters(width, 30)))}}
+    content = [image, {"type": "text", "text": text}]
+    body = {
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "max_tokens": 4,
+        "ignore_eos": True,
+        **fields,
+    }
+    return server.http.post("/v1/chat/completions", json=body)
+
+
+def answer(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+def assert_one_500(response: httpx.Response, hook: str, fact: str) -> None:
+    assert response.status_code == 500
+    error = response.json()["error"]
+    assert error["type"] == "plugin_error"
+    assert error["message"].startswith("faulty.py sha256:")
+    assert f" · {hook} (faulty.py:" in error["message"]
+    assert fact in error["message"]
+
+
+@pytest.fixture(scope="module")
+def alone(faulty: ServerProcess) -> list[str]:
+    """What the neighbours are told when nobody else asks."""
+    return [answer(ask(faulty, width, max_tokens=150)) for width in (30, 40)]
+
+
+def num_threads(server: ServerProcess) -> int:
+    pids = (server.process.pid, *server.children)
+    return sum(psutil.Process(pid).num_threads() for pid in pids)
+
+
+@pytest.mark.parametrize("width", FAULTS)
+def test_a_fault_costs_its_request_only(
+    faulty: ServerProcess, alone: list[str], width: int
+) -> None:
+    _, code, hook, fact = FAULTS[width]
+    with ThreadPoolExecutor(3) as threads:
+        neighbours = [threads.submit(ask, faulty, w, max_tokens=150) for w in (30, 40)]
+        wait_until(lambda: faulty.metric("mm_engine_num_running") >= 1, "the neighbours to run")
+        before = num_threads(faulty)
+        start = time.monotonic()
+        failed = threads.submit(ask, faulty, width).result()
+        seconds = time.monotonic() - start
+        answers = [answer(neighbour.result()) for neighbour in neighbours]
+    assert_one_500(failed, hook, fact)
+    assert answers == alone
+    assert answer(ask(faulty, 30, max_tokens=150)) == alone[0]
+    if "sleep" in code:
+        assert HOOK_TIMEOUT <= seconds < HANG_SECONDS
+    wait_until(lambda: faulty.is_idle and num_threads(faulty) <= before, "all given back")
+    assert faulty.http.get("/health").status_code == 200
+    assert all(psutil.pid_exists(pid) for pid in faulty.children)
+    assert "Traceback" not in faulty.output
+
+
+def test_a_model_that_exits_costs_its_request_only(faulty: ServerProcess, alone: list[str]) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        neighbour = threads.submit(ask, faulty, 40, max_tokens=150)
+        wait_until(lambda: faulty.metric("mm_engine_num_running") >= 1, "the neighbour to run")
+        failed = threads.submit(ask, faulty, 30, text="@@@@@").result()
+        assert answer(neighbour.result()) == alone[1]
+    assert_one_500(failed, "forward", "raised SystemExit: 3")
+    assert answer(ask(faulty, 30, max_tokens=150)) == alone[0]
+
+
+@pytest.mark.parametrize("width", [51, 58])
+def test_a_stream_that_a_plugin_fails_never_begins_with_200(
+    faulty: ServerProcess, width: int
+) -> None:
+    response = ask(faulty, width, stream=True)
+    assert_one_500(response, *FAULTS[width][2:])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "processor-one-too-many",
+        "processor-hangs",
+        "mapper-interrupts",
+        "rows-with-nan",
+        "encoder-exits",
+        "encoder-interrupts",
+        "forward-interrupts",
+        "init-exits",
+        "hook-misspelt",
+        "import-exits",
+    ],
+)
+def test_startup_is_refused_in_one_line_with_exit_code_1(
+    llava: Path, tmp_path: Path, name: str
+) -> None:
+    plugin = WRONG_PLUGINS[name]
+    (tmp_path / "tmp").mkdir()
+    flags = ("--port", "0", "--hook-timeout", "2", "--plugin", plugin.write(tmp_path))
+    done = subprocess.run(
+        [ENGINE, "serve", llava, *flags],
+        env=environment(tmp_path / "tmp"),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    said = [line for line in done.stderr.splitlines() if not line.startswith("Loading weights")]
+    assert len(said) == 1
+    assert said[0].startswith("error: ")
+    assert (f" · {plugin.hook} (" if plugin.hook else "import_exits.py") in said[0]
+    assert re.search(plugin.fact, said[0])
+    assert list((tmp_path / "tmp").iterdir()) == []
