@@ -31,7 +31,7 @@ WRONG = {
     "count-wrong-in-the-processor": (
         "counts",
         "input_processor",
-        "16 placeholder tokens for an image of 1x1 pixels, the smallest found (at 25 of 25 sizes)",
+        "for an image of 1x1 pixels, the smallest found (at 25 of 25 sizes tried): so many rows",
         "15",
         WRONG_PLUGINS["processor-one-too-few"].source,
     ),
@@ -106,6 +106,30 @@ WRONG = {
         "tensors named as embed_images' keywords: ['pixel_values', 'width']",
         "['pixels', 'width']",
         edited(('{"pixel_values": pixels,', '{"pixels": pixels,')),
+    ),
+    "keyword-renamed": (
+        "mapper-keys",
+        "register_input_mapper or embed_images",
+        "tensors named as embed_images' keywords: ['pixel_values', 'widths']",
+        "['pixel_values', 'width']",
+        WRONG_PLUGINS["keyword-renamed"].source,
+    ),
+    "keyword-unlike-the-image-processors": (
+        "mapper-keys",
+        "embed_images",
+        "keywords named as the image processor's tensors: ['pixel_values']",
+        "['pixels']",
+        edited(
+            (
+                "def embed_images(self, *, pixel_values, width):",
+                "def embed_images(self, *, pixels):",
+            ),
+            (
+                "super().embed_images(pixel_values=pixel_values)",
+                "super().embed_images(pixel_values=pixels)",
+            ),
+            (', "width": torch.tensor([image.width])}', "}"),
+        ),
     ),
     "keywords-wrong-for-the-default-mapper": (
         "mapper-keys",
@@ -315,7 +339,7 @@ WRONG = {
         "weights-load",
         "load_weights",
         "every tensor that the model's answers depend on to be taken, such as",
-        "of the checkpoint's",
+        "9 of the checkpoint's",
         with_model("del self.language_model.layers[1]", mark="init"),
     ),
     "parameters-that-the-checkpoint-lacks": (

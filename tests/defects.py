@@ -1,4 +1,4 @@
-"""Twelve defects put into a copy of mm-llava-next, and what `engine plugins check` says of each."""
+"""Defects put into a copy of mm-llava-next, and whom `engine plugins check` must blame for each."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ PROCESSOR, MODEL, INPUTS = "input_processor", "embed_images", "register_input_ma
 BOTH = f"{PROCESSOR} and {MODEL}"
 
 NEGATE = 'inputs.mapped["image"][0]["pixel_values"].neg_()'
+HALVE = "[pictures.mul_(0.5) for pictures in pixel_values]"
 
 DEFECTS = {
     "count off by one": Defect("counts", PROCESSOR, ((COUNT, f"{COUNT} - 1"),)),
@@ -102,6 +103,14 @@ DEFECTS = {
     ),
     "input mutated by the mapper": Defect(
         "mapper-tensors", INPUTS, mapper="image.paste((0, 0, 0), (0, 0, 1, 1))"
+    ),
+    "input mutated by the model": Defect(
+        "encoder-output",
+        MODEL,
+        (("        states = tower", f"        {HALVE}\n        states = tower"),),
+    ),
+    "dummy not the costliest": Defect(
+        "dummy-data", "dummy_data", (("size=(width, height))", "size=(20, 20))"),)
     ),
     "wrong dtype": Defect(
         "encoder-output",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from mm_engine.errors import StartupError
 from mm_engine.testing import CheckReport, check_plugin
+from mm_engine.testing.oracle import Oracle
+from mm_engine.testing.parity import counterpart
 from mm_engine.testing.registry import CHECKS
-from wrong_plugins import RIGHT
+from wrong_plugins import RIGHT, edited
 
 UNKNOWN = """
 from transformers import AutoConfig, LlavaConfig
@@ -93,6 +97,51 @@ def test_only_shows_the_failure_of_what_it_needed(tmp_path: Path, llava: Path) -
         ("parity-text", "skipped"),
     ]
     assert report.results[1].detail == "because hooks-fit failed"
+
+
+def test_another_layout_on_the_way_to_the_same_rows_is_no_fault(
+    tmp_path: Path, llava: Path
+) -> None:
+    file = tmp_path / "flipped.py"
+    given = "super().embed_images(pixel_values=pixel_values)"
+    file.write_text(
+        edited(
+            ("        # tensors\n", "        tensors['pixel_values'] = pixels.flip(0)\n"),
+            (given, given.replace("=pixel_values", "=pixel_values.flip(1)")),
+        )
+    )
+    (result,) = check_plugin(str(file), str(llava), only=["parity-pixel-values"]).results
+    assert result.status == "passed"
+    assert result.detail.startswith("pixel_values: off by up to ")
+    assert result.detail.endswith(", but the rows are transformers'")
+
+
+def test_chunks_that_cannot_cut_an_image_are_said_not_to_be_exercised(
+    tmp_path: Path, tiny: Path
+) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny, folder)
+    for name in ("config.json", "preprocessor_config.json"):
+        file = folder / name
+        file.write_text(file.read_text().replace(": 32", ": 8"))
+    (tmp_path / "small.py").write_text(
+        RIGHT.replace("(48, 48)", "(8, 8)") + 'TEST_CONFIG = "tiny"\n'
+    )
+    (result,) = check_plugin(str(tmp_path / "small.py"), only=["same-in-chunks"]).results
+    assert result.status == "skipped"
+    assert result.detail == "not exercised: an image takes 1 token, which no chunk can cut"
+
+
+def test_module_is_found_by_its_weights_where_names_differ(llava: Path) -> None:
+    oracle = Oracle(llava, 4)
+    name = "multi_modal_projector"
+    model = torch.nn.Module()
+    model.connector = copy.deepcopy(oracle.base.get_submodule(name))
+    assert counterpart(model, oracle, name) is model.connector
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert counterpart(model, oracle, name) is None
 
 
 def test_unknown_check_is_refused() -> None:

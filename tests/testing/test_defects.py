@@ -26,6 +26,15 @@ def test_without_a_defect_nothing_is_found(check_source: CheckSource, llava_next
     assert all(result.status == "passed" for result in report.results)
 
 
+def test_what_follows_from_a_renamed_key_is_not_blamed_on_others(
+    check_source: CheckSource, llava_next: Path
+) -> None:
+    report = check_source(DEFECTS["mapper key renamed"].source(), model=llava_next)
+    assert [failure.name for failure in report.failures] == ["mapper-keys"]
+    details = {result.name: result.detail for result in report.results}
+    assert details["processor"] == "because mapper-keys failed"  # it reads the tensors, too
+
+
 @pytest.mark.parametrize("name", DEFECTS)
 def test_defect_is_found_and_the_right_hook_named(
     name: str, check_source: CheckSource, llava_next: Path
@@ -35,6 +44,15 @@ def test_defect_is_found_and_the_right_hook_named(
     (failure,) = report.failures
     assert (failure.name, failure.hook) == (defect.check, defect.hook)
     assert failure.expected and failure.got and "wrong.py:" in (failure.place or "")
+
+
+def test_dummy_of_smaller_images_is_told_from_a_short_one(
+    check_source: CheckSource, llava_next: Path
+) -> None:
+    source = DEFECTS["dummy not the costliest"].source()
+    (failure,) = check_source(source, "dummy-data", model=llava_next).failures
+    assert failure.expected == "images that take 88 tokens each (what max_tokens says)"
+    assert failure.got == "one that takes 36"
 
 
 def test_the_page_on_record_names_the_same_hooks() -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MAPPER = "register_input_mapper"
 ONE_FORMULA = "one function should give the count to max_tokens, input_processor and dummy_data"
+STAGES = "the parity checks below: the first stage that differs may say why"
 SWAPPED = "sizes are (height, width) in transformers, (width, height) in PIL"
 ROWS = (
     "rows too many or too few: the class token, newlines, padding cut off by rounding, height and "
@@ -36,7 +37,7 @@ def counts(subject: Subject) -> str:
         if smallest is None:
             size = shrink(first.size, lambda size: not counted(subject, size).agree)
             smallest = first if size == first.size else counted(subject, size)
-        raise _blamed(subject, smallest, f"at {len(wrong)} of {len(found)} sizes")
+        raise _blamed(subject, smallest, f"at {len(wrong)} of {len(found)} sizes tried")
     refused = [count for count in found if count.refused]
     taken = [count.truth for count in found if not count.refused]
     if not taken:
@@ -58,7 +59,8 @@ def _blamed(subject: Subject, count: Count, where: str) -> Fault:
         fault = fault_of(count.error)
         if mapped is not None and fault.hook == "embed_images":
             return mapped
-        fault.hint = fault.hint or _batch_hint(subject, count)
+        if fault.hook == "embed_images":
+            fault.hint = fault.hint or _batch_hint(subject, count) or STAGES
         fault.got += f", for {image}"
         return fault
     processor = "input_processor"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ from mm_engine.errors import PluginError, RequestError
 from mm_engine.inputs.media import to_rgb
 from mm_engine.plugins.blame import kind_of
 from mm_engine.request import PromptInputs
-from mm_engine.testing.fault import fault_of
+from mm_engine.testing.fault import Fault, fault_of
+from mm_engine.testing.oracle import Refused
 from mm_engine.testing.registry import check
 from mm_engine.testing.sizes import MODES, Size, picture, picture_of_mode
 
@@ -80,13 +82,28 @@ def mapper_keys(subject: Subject) -> str:
     try:
         inspect.signature(method).bind(**tensors)
     except TypeError:
-        hint = "each tensor of the mapper reaches embed_images as the keyword of its name"
-        if MAPPER in subject.plugin.hooks:
-            expected = f"tensors named as embed_images' keywords: {sorted(parameters)}"
-            raise subject.blame(MAPPER, expected, str(sorted(tensors)), hint) from None
-        expected = f"keywords named as the image processor's tensors: {sorted(tensors)}"
-        raise subject.blame("embed_images", expected, str(sorted(parameters)), hint) from None
+        raise _keys_fault(subject, sorted(tensors), sorted(parameters)) from None
     return ", ".join(sorted(tensors))
+
+
+def _keys_fault(subject: Subject, keys: list[str], keywords: list[str]) -> Fault:
+    """Blame who of mapper and model departs from the image processor's names; if both do, both."""
+    hint = "each tensor of the mapper reaches embed_images as the keyword of its name"
+    names: set[str] = set()
+    if subject.oracle is not None:
+        with contextlib.suppress(Refused):
+            names = set(subject.oracle.mapped([picture(usual_sizes(subject)[0])]))
+    theirs = MAPPER in subject.plugin.hooks
+    if not theirs or (set(keys) <= names and not set(keywords) <= names):
+        expected = f"keywords named as the image processor's tensors: {keys}"
+        return subject.blame("embed_images", expected, str(keywords), hint)
+    fault = subject.blame(
+        MAPPER, f"tensors named as embed_images' keywords: {keywords}", str(keys), hint
+    )
+    if not (set(keywords) - set(keys) <= names and names):
+        other = subject.blame("embed_images", "", "")
+        fault.hook, fault.place = f"{MAPPER} or embed_images", f"{fault.place}, {other.place}"
+    return fault
 
 
 @check("image-modes")

@@ -205,8 +205,8 @@ def _common_end(first: str, second: str) -> int:
 def processor_options(config: Any) -> dict[str, Any]:
     """The options that transformers' processor for `config` hands to the image processor.
 
-    They win over those of preprocessor_config.json: InternVL's processor cuts images into tiles
-    though the image processor's own option says that it doesn't.
+    They win over those of preprocessor_config.json: a processor may have images cut into tiles
+    though the image processor's own option says that they aren't.
     """
     processor: Any = PROCESSOR_MAPPING.get(type(config), None)
     if processor is None:

@@ -160,7 +160,10 @@ def _folders(distribution: str, group: str) -> Sequence[tuple[str, Path]]:
     found = []
     for point in metadata.distribution(distribution).entry_points.select(group=group):
         package, *rest = point.value.split(".")
-        spec = importlib.util.find_spec(package)
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ImportError, ValueError):
+            continue
         for location in (spec.submodule_search_locations if spec else None) or ():
             folder = Path(location, *rest)
             if (folder / "config.json").is_file():
