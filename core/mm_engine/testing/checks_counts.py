@@ -82,6 +82,8 @@ def _blamed(subject: Subject, count: Count, where: str) -> Fault:
     if mapped is not None:
         return mapped
     expected = f"{count.theirs} rows for {image}, as transformers makes them"
+    if count.num_text:
+        expected += f" with the {count.num_text} text tokens that stand among them"
     if count.expanded == count.theirs:
         expected += f" and {processor} expects them"
         return subject.blame("embed_images", expected, str(count.rows), ROWS)

@@ -12,7 +12,7 @@ from mm_engine.request import Request
 from mm_engine.testing.compare import LOGITS_TOLERANCE, difference, first_untied
 from mm_engine.testing.engine_run import Watched, answered, request_of
 from mm_engine.testing.fault import Skip
-from mm_engine.testing.oracle import Refused
+from mm_engine.testing.oracle import Oracle, Refused
 from mm_engine.testing.parity import ImageParity, Stage, image_parity
 from mm_engine.testing.prompts import TestPrompt, prompts, shapes
 from mm_engine.testing.registry import check
@@ -105,17 +105,28 @@ def prompt_parities(subject: Subject) -> list[PromptParity]:
     if "prompts" not in subject.memory:
         oracle, found = subject.require_oracle(), []
         for index, prompt in enumerate(prompts(subject, NUM_TOKENS)):
+            request = request_of(subject, prompt.ids, prompt.images, 1, f"p{index}")
             try:
-                inputs = oracle.inputs(prompt.ids, prompt.images)
+                inputs = _inputs(subject, oracle, prompt, request)
                 merged, logits = oracle.merged(inputs)
             except Refused as error:
                 raise Skip(f"transformers doesn't take the prompt: {error}") from error
-            request = request_of(subject, prompt.ids, prompt.images, 1, f"p{index}")
             watched, _ = answered(subject, [request])
             found.append(PromptParity(prompt, request, inputs, merged, logits, watched))
         subject.memory["prompts"] = found
     parities: list[PromptParity] = subject.memory["prompts"]
     return parities
+
+
+def _inputs(
+    subject: Subject, oracle: Oracle, prompt: TestPrompt, request: Request
+) -> dict[str, Tensor]:
+    """The prompt as transformers is given it: with the text that the plugin puts among rows."""
+    ids = request.prompt_token_ids
+    places = [item.placeholder for item in request.items]
+    if any(subject.text_in(ids[place.offset : place.end]) for place in places):
+        return oracle.inputs_of(ids, prompt.images)
+    return oracle.inputs(prompt.ids, prompt.images)
 
 
 @check("parity-merged")

@@ -25,7 +25,8 @@ class Count:
     size: Size
     expanded: int | None = None  # by input_processor
     rows: int | None = None  # by embed_images
-    theirs: int | None = None  # by transformers
+    theirs: int | None = None  # by transformers, and the text tokens that stand among its rows
+    num_text: int = 0  # tokens of text among the image's
     refused: str = ""  # the plugin doesn't take such an image, and says why
     error: MMEngineError | None = None  # a hook or embed_images failed
     mapped: dict[str, Tensor] | None = None
@@ -57,7 +58,10 @@ def counted(subject: Subject, size: Size) -> Count:
             count.theirs = len(subject.oracle.rows(image))
     try:
         count.mapped = subject.map(image)
-        count.expanded = subject.expand([image], [count.mapped])[0]
+        (ids,) = subject.ranges([image], [count.mapped])
+        count.expanded, count.num_text = len(ids), len(subject.text_in(ids))
+        if count.theirs is not None:
+            count.theirs += count.num_text
     except RequestError as error:
         count.refused = str(error)
         return count

@@ -102,7 +102,15 @@ class Oracle:
         expanded: list[int] = []
         for token in ids:
             expanded += [token] * (next(counts) if token == self.placeholder_id else 1)
-        batch = torch.tensor([expanded])
+        return self.inputs_of(expanded, images)
+
+    def inputs_of(self, expanded: Sequence[int], images: Sequence[Image.Image]) -> dict[str, Any]:
+        """Keywords of the model for a prompt whose placeholders are expanded.
+
+        Raises:
+            Refused: transformers fails on one of the images.
+        """
+        batch = torch.tensor([list(expanded)])
         inputs: dict[str, Any] = {"input_ids": batch, "attention_mask": torch.ones_like(batch)}
         if images:
             names = inspect.signature(self.model.forward).parameters

@@ -53,7 +53,8 @@ def image_parity(subject: Subject, oracle: Oracle, image: Image.Image) -> ImageP
     with recorded(found) as ours:
         try:
             (rows,) = subject.embed([tensors])
-            stage = _rows(theirs, rows)
+            (ids,) = subject.ranges([image], [tensors])
+            stage = _rows(theirs, rows, _text_of(subject, ids))
         except PluginError as error:  # the stages before may say why
             stage = Stage("none", what="rows of get_image_features", error=error)
     return ImageParity(
@@ -181,7 +182,26 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
 
 
-def _rows(expected: Tensor, got: Tensor) -> Stage:
+def _text_of(subject: Subject, ids: tuple[int, ...]) -> dict[int, Tensor]:
+    """`[hidden]` of each text token in an image's range, by its position there."""
+    positions = subject.text_in(ids)
+    if not positions:
+        return {}
+    with torch.inference_mode():
+        rows: Tensor = subject.model.embed_tokens(torch.tensor([ids[p] for p in positions]))
+    return dict(zip(positions, rows, strict=True))
+
+
+def _rows(expected: Tensor, got: Tensor, text: Mapping[int, Tensor]) -> Stage:
+    """Compare an image's rows: transformers' in order, and between them those of `text`."""
+    if text and len(got) == len(expected) + len(text):
+        images = iter(expected)
+        pieces = [text[p] if p in text else next(images) for p in range(len(got))]
+        expected = torch.stack(pieces)
+        gap = difference(torch.stack(list(text.values())), got[list(text)])
+        if gap is not None:
+            hint = "rows of text in an image's range are self.embed_tokens of their ids"
+            return Stage(gap, what="embeddings of the text among an image's rows", hint=hint)
     hint = "what becomes of the projector's rows: order of tiles, padding cut off, newlines"
     gap = difference(expected, got)
     if gap is not None and len(expected) != len(got):

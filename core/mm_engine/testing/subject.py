@@ -183,12 +183,29 @@ class Subject:
         self, images: Sequence[Image.Image], tensors: Sequence[dict[str, Tensor]] | None = None
     ) -> list[int]:
         """How many tokens the processor gives each of `images`, in a prompt of nothing else."""
+        return [len(ids) for ids in self.ranges(images, tensors)]
+
+    def ranges(
+        self, images: Sequence[Image.Image], tensors: Sequence[dict[str, Tensor]] | None = None
+    ) -> list[tuple[int, ...]]:
+        """The token ids that the processor gives each of `images`, as `expand` counts them."""
         data = {"image": tuple(images)}
         mapped = {"image": tuple(tensors or (self.map(image) for image in images))}
         ids = (self.placeholder_id,) * len(images)
         inputs = PromptInputs(prompt_token_ids=ids, multi_modal_data=data, mapped=mapped)
         result = self.unlimited.process(self.ctx, inputs)
-        return [place.length for place in sorted(result.placeholders, key=lambda p: p.item)]
+        assert result.prompt_token_ids is not None
+        places = sorted(result.placeholders, key=lambda place: place.item)
+        return [result.prompt_token_ids[place.offset : place.end] for place in places]
+
+    def text_in(self, ids: Sequence[int]) -> list[int]:
+        """Positions of a range's text (separators, labels): what isn't the placeholder token.
+
+        None where another token than the placeholder stands for the image's rows.
+        """
+        if self.placeholder_id not in ids:
+            return []
+        return [position for position, token in enumerate(ids) if token != self.placeholder_id]
 
     def embed(self, tensors: Sequence[dict[str, Tensor]], model: Any = None) -> list[Tensor]:
         """What `embed_images` makes of several items' tensors, unchecked.
