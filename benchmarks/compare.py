@@ -54,7 +54,12 @@ class Ours:
 
     def __init__(self, path: Path) -> None:
         self.llm = LLM(
-            str(path), dtype="bfloat16", max_num_seqs=32, kv_cache_memory=1 << 30, progress=False
+            str(path),
+            dtype="bfloat16",
+            max_num_seqs=32,
+            kv_cache_memory=1 << 30,
+            enable_prefix_caching=False,  # every round asks the same; the peer computes it anew
+            progress=False,
         )
 
     def seconds(

@@ -137,7 +137,12 @@ class ServerProcess:
     @property
     def is_idle(self) -> bool:
         """Whether the engine holds nothing for anybody."""
-        names = ("num_running", "num_waiting", "num_used_blocks", "num_requests_in_flight")
+        names = (
+            "num_requests_running",
+            "num_requests_waiting",
+            "num_used_blocks",
+            "num_requests_in_flight",
+        )
         return not any(self.metric(f"mm_engine_{name}") for name in names)
 
     def terminate(self, seconds: float = 40.0) -> int:

@@ -28,6 +28,11 @@ CASES = (
 )
 LAYERS: tuple[int | list[int], ...] = (-2, -1, [-3, -1])
 STRATEGIES = ("default", "full")
+#: Options with which every cache that can be off is off, or all are on.
+CACHES: dict[str, dict[str, Any]] = {
+    "cached": {},
+    "uncached": {"enable_prefix_caching": False, "mm_processor_cache_memory": 0},
+}
 MATRIX = list(product(BACKBONES, TOWERS, LAYERS, STRATEGIES))
 
 
@@ -72,6 +77,23 @@ def fixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Fixture(path, oracle, answers)
 
 
+@pytest.fixture(params=CACHES)
+def caches(request: pytest.FixtureRequest) -> str:
+    """The name of one of `CACHES`."""
+    name: str = request.param
+    return name
+
+
+def check_again(fixture: Fixture, llm: LLM, caches: str) -> None:
+    """Ask all once more: the caches serve what they have, or nothing; the answers don't change."""
+    before, mapped = llm.engine.stats(), llm.pipeline.processed.num_hits
+    outputs = llm.generate(prompts(), GREEDY)
+    fixture.check(outputs)
+    hits = llm.engine.stats().num_prefix_hits - before.num_prefix_hits
+    assert hits == sum(output.num_cached_tokens for output in outputs)
+    assert (hits > 0) == (llm.pipeline.processed.num_hits - mapped > 0) == (caches == "cached")
+
+
 def prompts() -> list[Any]:
     """All cases, as `LLM.generate` takes them."""
     return [case.as_prompt() for case in CASES]
@@ -82,40 +104,47 @@ def num_images(cases: tuple[Case, ...]) -> int:
     return len({id(image) for case in cases for image in case.images})
 
 
-def test_each_prompt_alone(fixture: Fixture) -> None:
-    llm = fixture.llm()
+def test_each_prompt_alone(fixture: Fixture, caches: str) -> None:
+    llm = fixture.llm(**CACHES[caches])
     trace = Trace.of(llm)
     fixture.check([llm.generate(prompt, GREEDY)[0] for prompt in prompts()])
     assert trace.most_sequences == 1
 
 
-def test_all_prompts_in_one_batch(fixture: Fixture) -> None:
-    llm = fixture.llm()
+def test_all_prompts_in_one_batch(fixture: Fixture, caches: str) -> None:
+    llm = fixture.llm(**CACHES[caches])
     trace = Trace.of(llm)
     fixture.check(llm.generate(prompts(), GREEDY))
     assert trace.most_sequences == len(CASES)
     assert llm.engine.stats().num_encodes == num_images(CASES)
+    check_again(fixture, llm, caches)
+    assert llm.engine.stats().num_encodes == num_images(CASES), "features are kept in either case"
 
 
-def test_chunks_that_cut_through_images(fixture: Fixture) -> None:
-    llm = fixture.llm(max_num_batched_tokens=11, max_num_seqs=4, block_size=4)
+def test_chunks_that_cut_through_images(fixture: Fixture, caches: str) -> None:
+    options = {"max_num_batched_tokens": 11, "max_num_seqs": 4, "block_size": 4}
+    llm = fixture.llm(**options, **CACHES[caches])
     trace = Trace.of(llm)
     fixture.check(llm.generate(prompts(), GREEDY))
     assert trace.cut_images > 0
     assert trace.mixed_steps > 0
+    check_again(fixture, llm, caches)
     assert max(batch.num_tokens for batch in trace.steps) <= 11
 
 
-def test_preemption_when_blocks_run_out(fixture: Fixture) -> None:
-    llm = fixture.llm(block_size=4, kv_cache_memory=_cache_bytes(fixture, num_tokens=200))
-    fixture.check(llm.generate(prompts(), GREEDY))
+def test_preemption_when_blocks_run_out(fixture: Fixture, caches: str) -> None:
+    memory = _cache_bytes(fixture, num_tokens=200)
+    llm = fixture.llm(block_size=4, kv_cache_memory=memory, **CACHES[caches])
+    for _ in range(2):
+        fixture.check(llm.generate(prompts(), GREEDY))
     stats = llm.engine.stats()
     assert stats.num_preemptions > 0
     assert stats.num_used_blocks == 0
+    assert (llm.engine.kv_cache.num_evictions > 0) == (caches == "cached")
 
 
-def test_neighbours_of_an_aborted_request(fixture: Fixture) -> None:
-    llm = fixture.llm(max_num_batched_tokens=32)
+def test_neighbours_of_an_aborted_request(fixture: Fixture, caches: str) -> None:
+    llm = fixture.llm(max_num_batched_tokens=32, **CACHES[caches])
     outputs: dict[str, RequestOutput] = {}
     for i, case in enumerate(CASES):
         prepared = llm.pipeline.prepare(

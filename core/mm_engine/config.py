@@ -31,6 +31,11 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048  # tokens in one step, prefill chunks and decodes together
     block_size: int = 16  # tokens in one block of the KV cache
     kv_cache_memory: int | None = None  # bytes; None: what is left after the profile run
+    enable_prefix_caching: bool = True  # prompts that begin alike are computed once
+    #: Bytes of features of images that are kept; None: 128 MiB, and no less than a step needs.
+    encoder_cache_memory: int | None = None
+    #: Bytes of mapped images that are kept, in the front and in the engine process each; 0: none.
+    mm_processor_cache_memory: int = 256 * 2**20
     memory_utilization: float = 0.9  # of the device's memory; on a CPU, of what is available
     seed: int = 0
     load_format: str = "auto"  # auto (safetensors) or dummy (random weights)
@@ -46,10 +51,16 @@ class EngineConfig:
         Raises:
             StartupError: naming the option and its value.
         """
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             value = getattr(self, name)
-            if not (value is None and name == "kv_cache_memory"):
-                _check(type(value) is int and value >= 1, name, value, "a positive integer")
+            _check(type(value) is int and value >= 1, name, value, "a positive integer")
+        for name in ("kv_cache_memory", "encoder_cache_memory"):
+            value = getattr(self, name)
+            ok = value is None or (type(value) is int and value >= 1)
+            _check(ok, name, value, "a positive integer")
+        kept = self.mm_processor_cache_memory
+        ok = type(kept) is int and kept >= 0
+        _check(ok, "mm_processor_cache_memory", kept, "an integer of at least 0")
         share = self.memory_utilization
         ok = isinstance(share, int | float) and 0 < share <= 1
         _check(ok, "memory_utilization", share, "a number above 0 and up to 1")

@@ -26,6 +26,7 @@ class Prompt(TypedDict, total=False):
     prompt: str
     prompt_token_ids: Sequence[int]
     multi_modal_data: Mapping[str, Any]  # {"image": a PIL image, or a list of them}
+    cache_salt: str  # no cache shares anything with a prompt of another salt
 
 
 Message = Mapping[str, Any]
@@ -71,7 +72,10 @@ class LLM:
         """
         single = isinstance(prompts, str | Mapping)
         many: Any = [prompts] if single else list(prompts)
-        prepared = [_or_error(self.pipeline.prepare, _inputs(prompt)) for prompt in many]
+        prepared = [
+            _or_error(self.pipeline.prepare, _inputs(prompt), cache_salt=_salt(prompt))
+            for prompt in many
+        ]
         return self._run(prepared, sampling_params, use_tqdm)
 
     def chat(
@@ -82,11 +86,13 @@ class LLM:
         use_tqdm: bool = True,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        cache_salt: str = "",
     ) -> list[RequestOutput]:
         """Answer one conversation or several, in OpenAI's form.
 
         Image parts are `{"type": "image_url", "image_url": {"url": "data:…"}}`, or
-        `{"type": "image", "image": PIL.Image}`.
+        `{"type": "image", "image": PIL.Image}`. No cache shares anything with conversations of
+        another `cache_salt`.
 
         Raises:
             RequestError: a conversation is at fault; none has been run then.
@@ -105,6 +111,7 @@ class LLM:
                 self._with_images(conversation),
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
+                cache_salt=_checked(cache_salt),
             )
             for conversation in conversations
         ]
@@ -221,6 +228,19 @@ def _or_error(
         return prepare(*arguments, **options)
     except PluginError as error:
         return error
+
+
+def _salt(prompt: Any) -> str:
+    """The `cache_salt` of one prompt of `LLM.generate`, empty if it has none."""
+    return _checked(prompt.get("cache_salt") or "" if isinstance(prompt, Mapping) else "")
+
+
+def _checked(salt: Any) -> str:
+    if not isinstance(salt, str):
+        raise RequestError(
+            f"cache_salt is not a text: {type(salt).__name__}. Give a str.", param="cache_salt"
+        )
+    return salt
 
 
 def _inputs(prompt: Any) -> PromptInputs:

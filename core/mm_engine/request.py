@@ -71,3 +71,4 @@ class Request:
     sampling_params: SamplingParams  # max_tokens is set
     items: tuple[Item, ...] = ()  # in order of offset
     eos_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""  # nothing is shared between requests of different salts

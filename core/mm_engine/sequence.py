@@ -29,7 +29,9 @@ class Sequence:
     index: int = 0  # which of the request's n completions
     token_ids: list[int] = field(init=False)  # prompt, then output
     num_computed_tokens: int = 0  # how many of token_ids have their keys and values in the cache
+    num_cached_tokens: int | None = None  # found in the cache when it was admitted first
     block_table: list[int] = field(default_factory=list)  # owner: engine/kv_cache.py
+    block_keys: list[bytes] = field(default_factory=list)  # owner: engine/block_keys.py
     status: SequenceStatus = SequenceStatus.WAITING  # owner: engine/scheduler.py
     finish_reason: str | None = None  # owner: engine/engine.py
     num_preemptions: int = 0

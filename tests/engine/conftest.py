@@ -23,7 +23,7 @@ from mm_engine.inputs.pipeline import InputPipeline
 from mm_engine.outputs import ErrorInfo, RequestOutput
 from mm_engine.request import Item, PlaceholderRange, Request
 from mm_engine.sampling_params import SamplingParams
-from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, Sequence
+from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence
 from mm_engine.worker.loader import open_model
 
 VOCAB_SIZE = 300  # of the byte-level tokenizer below
@@ -47,6 +47,15 @@ def next_token(rows: list[Any], index: int, vocab: int) -> int:
     return EOS_ID if choice == vocab else 65 + choice
 
 
+def all_pasts(salt: str, rows: list[Any]) -> list[bytes]:
+    """For each position a digest of all up to it: keys and values of layers depend on just that."""
+    past, pasts = salt.encode(), list[bytes]()
+    for row in rows:
+        past = hashlib.sha256(past + repr(row).encode()).digest()
+        pasts.append(past)
+    return pasts
+
+
 def expected_tokens(request: Request, index: int, vocab: int) -> list[int]:
     """What completion `index` must be, computed without an engine."""
     params, rows, output = request.sampling_params, content(request), list[int]()
@@ -66,12 +75,13 @@ class CheckingRunner:
         self.num_blocks = num_blocks
         self.max_rows = max_rows
         self.vocab = vocab
-        self.slots: dict[int, tuple[Sequence, int, Any]] = {}  # slot -> owner, position, content
+        self.slots: dict[int, bytes] = {}  # slot -> all that its key and value depend on
         self.features: dict[str, int] = {}  # content key -> rows
         self.raises: dict[str, BaseException] = {}  # by request id, while its share is in a step
         self.bad_items: dict[str, ErrorInfo] = {}  # by content key, when it is encoded
         self.after_run: Callable[[], None] = lambda: None
         self.failed = False
+        self.num_computed = 0  # tokens
         self.num_mixed_steps = 0  # prefill chunks and decodes together
         self.num_cut_items = 0  # chunks that end inside an item
         self.encoded: list[str] = []
@@ -123,6 +133,8 @@ class CheckingRunner:
         assert len(sequence.block_table) == -(-share.end // size), "as many blocks as needed"
         assert len(set(sequence.block_table)) == len(sequence.block_table)
         rows = content(sequence.request) + sequence.output_token_ids
+        pasts = all_pasts(sequence.request.cache_salt, rows[: share.end])
+        self.num_computed += share.num_new_tokens
         for position in range(share.end):
             slot = sequence.block_table[position // size] * size + position % size
             assert 0 <= slot < self.num_blocks * size
@@ -132,8 +144,10 @@ class CheckingRunner:
                     if row[0] in errors:
                         return SampledToken(error=errors[row[0]])
                     assert row[1] < self.features[row[0]], "features must be there"
-                self.slots[slot] = (sequence, position, row)
-            assert self.slots[slot] == (sequence, position, rows[position])
+                self.slots[slot] = pasts[position]
+            assert self.slots[slot] == pasts[position], (
+                "what is read must be what would be computed"
+            )
         for item in sequence.request.items:
             self.num_cut_items += item.placeholder.offset < share.end < item.placeholder.end
         if not share.samples:
@@ -169,7 +183,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def new_request() -> Callable[..., Request]:
     """`new_request("id", [3, "a", 2], ...)`: three tokens, the image a, two tokens.
 
-    An image's length in tokens is given by `lengths`, 4 if it isn't. Further keywords are
+    An image's length in tokens is given by `lengths`, 4 if it isn't; `salt` is the request's
+    `cache_salt`. Further keywords are
     sampling parameters.
     """
 
@@ -178,6 +193,7 @@ def new_request() -> Callable[..., Request]:
         parts: list[int | str],
         *,
         lengths: dict[str, int] | None = None,
+        salt: str = "",
         **params: Any,
     ) -> Request:
         ids: list[int] = []
@@ -191,7 +207,7 @@ def new_request() -> Callable[..., Request]:
             items.append(Item(place, part, {"pixel_values": torch.zeros(1)}))
             ids += [PLACEHOLDER_ID] * length
         sampling_params = SamplingParams(**{"max_tokens": 4, "temperature": 0.0, **params})
-        return Request(request_id, tuple(ids), sampling_params, tuple(items), (EOS_ID,))
+        return Request(request_id, tuple(ids), sampling_params, tuple(items), (EOS_ID,), salt)
 
     return make
 

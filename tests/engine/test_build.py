@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mm_engine.config import EngineConfig
-from mm_engine.engine.build import num_cache_blocks
+from mm_engine.engine.build import num_cache_blocks, num_encoder_rows
 from mm_engine.errors import StartupError
 
 
@@ -42,3 +42,24 @@ def test_without_memory_for_a_block_it_does_not_start(available: int) -> None:
 def test_a_kv_cache_memory_below_a_block_is_refused() -> None:
     with pytest.raises(StartupError, match="kv_cache_memory is too small: 999 bytes"):
         blocks(kv_cache_memory=999)
+
+
+def encoder_rows(max_item_rows: int, **options: Any) -> int:
+    config = EngineConfig(model="none", max_num_batched_tokens=100, **options)
+    return num_encoder_rows(config, max_item_rows, bytes_per_row=2**10)
+
+
+def test_encoder_cache_holds_what_a_step_and_an_image_need_at_least() -> None:
+    assert encoder_rows(10) == 2**17  # 128 MiB
+    assert encoder_rows(2**18) == 2**18
+    assert encoder_rows(10, encoder_cache_memory=20_000) == 19
+
+
+def test_encoder_cache_below_an_image_is_refused() -> None:
+    assert encoder_rows(9, encoder_cache_memory=9 * 2**10) == 9
+    with pytest.raises(StartupError) as error:
+        encoder_rows(10, encoder_cache_memory=9 * 2**10)
+    assert str(error.value) == (
+        "encoder_cache_memory is too small: 9216 bytes. One image takes up to 10 tokens of 1024 "
+        "bytes: give at least 10240."
+    )

@@ -119,3 +119,14 @@ def test_discarded_features_are_encoded_again_unless_somebody_uses_them(sequence
     steps.cache.begin_step()
     steps.cache.discard(["a", "b", "never seen"])
     assert steps.plan((sequence_of("a", "b"), 8)) == ([8], (["b"], ["b"]))
+
+
+def test_a_sequence_that_begins_inside_an_image_gets_nothing_where_its_features_cannot_be_had(
+    sequence_of,
+) -> None:
+    steps, other = Steps(max_rows=4), sequence_of("b", 1)
+    steps.plan((other, 2))  # pins b
+    inside = sequence_of("a", 1)
+    inside.num_computed_tokens = 2  # the KV cache holds the first half of its image
+    steps.cache.begin_step()
+    assert steps.cache.cut(inside, 3) == 0

@@ -21,6 +21,7 @@ class Arrival:
     at: int  # step
     abort_after: int | None  # steps later
     abort_in_step: bool  # between schedule and process
+    salt: str
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Sizes:
     max_num_batched_tokens: int
     max_num_seqs: int
     max_rows: int
+    enable_prefix_caching: bool
 
 
 parts = st.lists(
@@ -43,6 +45,7 @@ arrivals = st.builds(
     at=st.integers(0, 15),
     abort_after=st.one_of(st.none(), st.none(), st.integers(0, 12)),
     abort_in_step=st.booleans(),
+    salt=st.sampled_from(["", "", "mine"]),
 )
 sizes = st.builds(
     Sizes,
@@ -51,6 +54,7 @@ sizes = st.builds(
     max_num_batched_tokens=st.integers(1, 12),
     max_num_seqs=st.integers(1, 5),
     max_rows=st.integers(4, 14),
+    enable_prefix_caching=st.booleans(),
 )
 
 
@@ -65,10 +69,16 @@ def test_every_request_ends_as_it_would_alone(
         block_size=sizes.block_size,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_num_seqs=sizes.max_num_seqs,
+        enable_prefix_caching=sizes.enable_prefix_caching,
     )
     requests = {
         f"r{i}": new_request(
-            f"r{i}", arrival.parts, lengths=LENGTHS, max_tokens=arrival.max_tokens, n=arrival.n
+            f"r{i}",
+            arrival.parts,
+            lengths=LENGTHS,
+            salt=arrival.salt,
+            max_tokens=arrival.max_tokens,
+            n=arrival.n,
         )
         for i, arrival in enumerate(arrived)
     }
@@ -98,6 +108,7 @@ def test_every_request_ends_as_it_would_alone(
                 sums[output.request_id].extend(output)
             else:
                 sums[output.request_id] = output
+        assert all(waits.num_computed_tokens == 0 for waits in engine.scheduler.waiting)
         step += 1
         assert step < 3000, "no end in sight"
 
@@ -123,18 +134,26 @@ def test_every_request_ends_as_it_would_alone(
     assert stats.num_used_blocks == stats.num_running == stats.num_waiting == 0
     assert engine.kv_cache.num_free_blocks == sizes.num_blocks
     assert engine.encoder_cache.num_rows == sum(runner.features.values()) <= sizes.max_rows
+    assert (stats.num_prefix_hits == 0) or sizes.enable_prefix_caching
+    event(f"found in the cache: {stats.num_prefix_hits > 0}")
+    event(f"evicted: {engine.kv_cache.num_evictions > 0}")
     event(f"preempted: {stats.num_preemptions > 0}")
     event(f"mixed: {runner.num_mixed_steps > 0}")
     event(f"cut inside an image: {runner.num_cut_items > 0}")
     event(f"encoded again: {len(set(runner.encoded)) < len(runner.encoded)}")
 
 
+@pytest.mark.parametrize("reuses", [False, True])
 @pytest.mark.parametrize("num_blocks", [14, 80])
 def test_the_paths_of_the_property_are_really_taken(
-    new_engine, new_request, run_all, num_blocks: int
+    new_engine, new_request, run_all, num_blocks: int, reuses: bool
 ) -> None:
     engine, runner = new_engine(
-        num_blocks=num_blocks, block_size=2, max_num_batched_tokens=6, max_rows=8
+        num_blocks=num_blocks,
+        block_size=2,
+        max_num_batched_tokens=6,
+        max_rows=8,
+        enable_prefix_caching=reuses,
     )
     for i in range(6):
         engine.add(new_request(f"r{i}", [2, "abcd"[i % 4], 3], lengths=LENGTHS, max_tokens=12))
@@ -142,4 +161,6 @@ def test_the_paths_of_the_property_are_really_taken(
     assert (engine.stats().num_preemptions > 0) == (num_blocks == 14)
     assert runner.num_mixed_steps > 0
     assert runner.num_cut_items > 0
-    assert engine.stats().num_encodes == len(runner.encoded) > 4
+    assert engine.stats().num_encodes == len(runner.encoded) >= 4
+    assert (engine.stats().num_prefix_hits > 0) == reuses
+    assert (engine.kv_cache.num_evictions > 0) == (reuses and num_blocks == 14)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from mm_engine.engine.encoder_cache import EncoderCache
+from mm_engine.engine.kv_cache import KVCache
+from mm_engine.engine.scheduler import Scheduler
 from mm_engine.errors import RequestError
+from mm_engine.sequence import Sequence, SequenceStatus
 
 
 def ids(order: list[list[tuple[str, int]]]) -> list[str]:
@@ -49,7 +53,7 @@ def test_no_more_run_than_max_num_seqs(new_engine, new_request, run_all) -> None
 def test_the_completions_of_a_request_are_sequences_of_their_own(
     new_engine, new_request, run_all
 ) -> None:
-    engine, runner = new_engine()
+    engine, runner = new_engine(enable_prefix_caching=False)
     engine.add(new_request("A", [2, "a"], n=3, max_tokens=2, ignore_eos=True))
     output = run_all(engine)["A"].outputs
     assert len({tuple(completion.token_ids) for completion in output}) == 3
@@ -60,7 +64,9 @@ def test_the_completions_of_a_request_are_sequences_of_their_own(
 def test_the_youngest_is_preempted_and_resumes_before_later_arrivals(
     new_engine, new_request, run_all
 ) -> None:
-    engine, runner = new_engine(num_blocks=8, block_size=1, max_num_seqs=2)
+    engine, runner = new_engine(
+        num_blocks=8, block_size=1, max_num_seqs=2, enable_prefix_caching=False
+    )
     for name, prompt in (("A", 2), ("B", 3), ("C", 1)):
         engine.add(new_request(name, [prompt], max_tokens=4, ignore_eos=True))
     run_all(engine)
@@ -92,7 +98,9 @@ def test_preemption_does_not_change_the_tokens(new_engine, new_request, run_all,
 def test_a_planned_decode_leaves_the_step_when_an_older_prompt_needs_its_blocks(
     new_engine, new_request, run_all
 ) -> None:
-    engine, runner = new_engine(num_blocks=14, block_size=1, max_num_batched_tokens=6)
+    engine, runner = new_engine(
+        num_blocks=14, block_size=1, max_num_batched_tokens=6, enable_prefix_caching=False
+    )
     # Two images may not be encoded in one step: A stops before its second one, and so B is
     # decoding before A's prompt is through.
     engine.add(new_request("A", ["a", "b", 4], max_tokens=2, ignore_eos=True))
@@ -121,7 +129,9 @@ def test_the_token_of_a_preempted_decode_goes_to_another(new_engine, new_request
 def test_a_sequence_that_lacks_blocks_waits_for_older_ones_and_lets_nobody_pass(
     new_engine, new_request, run_all
 ) -> None:
-    engine, runner = new_engine(num_blocks=10, block_size=1, max_num_batched_tokens=6)
+    engine, runner = new_engine(
+        num_blocks=10, block_size=1, max_num_batched_tokens=6, enable_prefix_caching=False
+    )
     engine.add(new_request("A", [4], max_tokens=4, ignore_eos=True))
     engine.add(new_request("B", [6], max_tokens=2, ignore_eos=True))
     engine.add(new_request("C", [1], max_tokens=2, ignore_eos=True))
@@ -202,3 +212,25 @@ def test_finished_sequences_leave_at_the_next_step(new_engine, new_request) -> N
     assert engine.step() == []
     assert engine.stats().num_used_blocks == engine.stats().num_running == 0
     assert not engine.has_work
+
+
+def test_shared_blocks_are_not_counted_on_when_younger_sequences_give_way(new_request) -> None:
+    """A needs three blocks. B would free one: its other two are A's own."""
+    cache = KVCache(num_blocks=5, block_size=2)
+    scheduler = Scheduler(cache, EncoderCache(10, 10), max_num_batched_tokens=100, max_num_seqs=3)
+    oldest, older, younger = (
+        Sequence(new_request(name, [number], max_tokens=1))
+        for name, number in (("O", 4), ("A", 10), ("B", 6))
+    )
+    oldest.token_ids = [100, 101, 102, 103]
+    for sequence, num in ((oldest, 4), (older, 4), (younger, 1)):
+        cache.adopt(sequence, cache.lookup(sequence))
+        cache.append(sequence, num)
+        cache.advance(sequence, num)
+        sequence.status = SequenceStatus.RUNNING
+        scheduler.running.append(sequence)
+    assert younger.block_table[:2] == older.block_table
+    assert cache.num_free_blocks == 0
+    shares = scheduler.schedule().sequences
+    assert [share.sequence for share in shares] == [younger]  # A waits, B's last token fits
+    assert scheduler.num_preemptions == 0

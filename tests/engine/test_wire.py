@@ -68,6 +68,7 @@ requests = st.builds(
     sampling_params=params,
     items=st.lists(items, max_size=3).map(tuple),
     eos_token_ids=token_ids,
+    cache_salt=st.text(max_size=3),
 )
 
 
@@ -170,7 +171,7 @@ OUTPUT = RequestOutput(
         wire.Ready(EngineInfo(1, 2, 3, 4, "float32", "cpu", "p 1", "A", 5, 6.0)),
         wire.Failed("StartupError", "no"),
         wire.Outputs([OUTPUT]),
-        wire.Stats(EngineStats(*range(12))),
+        wire.Stats(EngineStats(*range(len(dataclasses.fields(EngineStats))))),
     ],
     ids=lambda m: type(m).__name__,
 )

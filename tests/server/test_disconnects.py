@@ -17,7 +17,7 @@ def test_leaving_a_stream_aborts_it(server: ServerProcess) -> None:
     with server.http.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()  # kept: httpx closes the response along with its iterator
         next(lines)
-        assert server.metric("mm_engine_num_running") == 1
+        assert server.metric("mm_engine_num_requests_running") == 1
         assert server.metric("mm_engine_num_used_blocks") > 0
     wait_until(lambda: server.is_idle, "everything given back", 2)
 
@@ -28,7 +28,7 @@ def test_leaving_while_waiting_for_a_whole_answer_aborts_it(server: ServerProces
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
-        wait_until(lambda: server.metric("mm_engine_num_running") == 3, "three to run")
+        wait_until(lambda: server.metric("mm_engine_num_requests_running") == 3, "three to run")
     wait_until(lambda: server.is_idle, "everything given back", 2)
     wait_until(lambda: "POST /v1/completions 499" in server.output, "its line in the log")
 

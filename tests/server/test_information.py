@@ -33,9 +33,9 @@ def test_metrics_count_what_happens(server: ServerProcess, client: OpenAI) -> No
     names = (
         "prompt_tokens_total",
         "generation_tokens_total",
-        "request_seconds_count",
+        "e2e_request_latency_seconds_count",
         "time_to_first_token_seconds_count",
-        "inter_token_seconds_count",
+        "inter_token_latency_seconds_count",
     )
     ask = {"model": "demo", "max_tokens": 5, "extra_body": {"ignore_eos": True}}
     before = [server.metric(f"mm_engine_{name}") for name in names]

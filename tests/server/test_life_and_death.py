@@ -57,7 +57,7 @@ def test_what_outlasts_the_drain_ends_in_a_proper_error(tmp_path: Path, stream: 
         with socket.create_connection((host, int(port)), timeout=20) as connection:
             head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
             connection.sendall(head.encode() + b"\r\n\r\n" + body)
-            wait_until(lambda: server.metric("mm_engine_num_running") == 1, "it to run")
+            wait_until(lambda: server.metric("mm_engine_num_requests_running") == 1, "it to run")
             start = time.monotonic()
             assert server.terminate() == 0
             assert 0.4 < time.monotonic() - start < 5

@@ -161,6 +161,7 @@ def test_a_full_queue_answers_429_and_takes_requests_again_later(strict: ServerP
 
 
 def test_each_prompt_of_a_list_counts(strict: ServerProcess) -> None:
+    wait_until(lambda: strict.is_idle, "the last test's prompts to leave")
     with strict.client(KEY) as client:
         both = client.completions.create(model="first", prompt=["a", "b"], max_tokens=1)
         assert len(both.choices) == 2
@@ -178,6 +179,6 @@ def test_a_client_that_leaves_the_queue_frees_its_place(strict: ServerProcess) -
         with pytest.raises(httpx.ReadTimeout):
             strict.http.post(COMPLETIONS, json={"prompt": "x"}, timeout=0.5)
         wait_until(lambda: strict.metric("mm_engine_num_requests_in_flight") == 1, "the place", 2)
-        assert strict.metric("mm_engine_num_waiting") == 0
+        assert strict.metric("mm_engine_num_requests_waiting") == 0
         running.close()
         wait_until(lambda: strict.is_idle, "everything given back", 2)

@@ -116,7 +116,9 @@ def test_a_fault_costs_its_request_only(
     _, code, hook, fact = FAULTS[width]
     with ThreadPoolExecutor(3) as threads:
         neighbours = [threads.submit(ask, faulty, w, max_tokens=150) for w in (30, 40)]
-        wait_until(lambda: faulty.metric("mm_engine_num_running") >= 1, "the neighbours to run")
+        wait_until(
+            lambda: faulty.metric("mm_engine_num_requests_running") >= 1, "the neighbours to run"
+        )
         before = num_threads(faulty)
         start = time.monotonic()
         failed = threads.submit(ask, faulty, width).result()
@@ -136,7 +138,9 @@ def test_a_fault_costs_its_request_only(
 def test_a_model_that_exits_costs_its_request_only(faulty: ServerProcess, alone: list[str]) -> None:
     with ThreadPoolExecutor(2) as threads:
         neighbour = threads.submit(ask, faulty, 40, max_tokens=150)
-        wait_until(lambda: faulty.metric("mm_engine_num_running") >= 1, "the neighbour to run")
+        wait_until(
+            lambda: faulty.metric("mm_engine_num_requests_running") >= 1, "the neighbour to run"
+        )
         failed = threads.submit(ask, faulty, 30, text="@@@@@").result()
         assert answer(neighbour.result()) == alone[1]
     assert_one_500(failed, "forward", "raised SystemExit: 3")

@@ -81,16 +81,16 @@ _UNITS = {
 }  # fmt: skip
 
 
-def parse_size(text: str, flag: str) -> int:
-    """Bytes of a size such as `512MiB`, `2GB` or `1000000`.
+def parse_size(text: str, flag: str, *, least: int = 1) -> int:
+    """Bytes of a size such as `512MiB`, `2GB` or `1000000`; `least` of them.
 
     Raises:
         StartupError: it isn't one.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(found[2].lower()) if found else None
-    size = int(float(found[1]) * unit) if found and unit else 0
-    if size < 1:
+    size = int(float(found[1]) * unit) if found and unit else -1
+    if size < least:
         raise StartupError(f"{flag} is no size: {text}. Write 512MiB, 2GiB or a number of bytes.")
     return size
 

@@ -70,6 +70,14 @@ def serve(
         Literal["debug", "info", "warning", "error"],
         typer.Option(help="Least level that is logged.", rich_help_panel=SERVER_PANEL),
     ] = "info",
+    disable_log_stats: Annotated[
+        bool,
+        typer.Option(
+            "--disable-log-stats",
+            help="Don't log a line on the load every 10 seconds.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     max_model_len: options.MaxModelLen = None,
@@ -107,6 +115,31 @@ def serve(
         ),
     ] = 16,
     kv_cache_memory: options.KVCacheMemory = None,
+    enable_prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            help="Keep what was computed of prompts for others that begin alike.",
+            rich_help_panel=options.MEMORY_PANEL,
+        ),
+    ] = True,
+    encoder_cache_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="For features of images, kept for prompts that bring the same ones. "
+            "Default: 128MiB, or what a step needs.",
+            rich_help_panel=options.MEMORY_PANEL,
+        ),
+    ] = None,
+    mm_processor_cache_memory: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="For images as the image processor made them, in each of the two processes; "
+            "0 keeps none.",
+            rich_help_panel=options.MEMORY_PANEL,
+        ),
+    ] = "256MiB",
     memory_utilization: Annotated[
         float,
         typer.Option(
@@ -143,6 +176,13 @@ def serve(
         kv_cache_memory=options.parse_size(kv_cache_memory, "--kv-cache-memory")
         if kv_cache_memory
         else None,
+        enable_prefix_caching=enable_prefix_caching,
+        encoder_cache_memory=options.parse_size(encoder_cache_memory, "--encoder-cache-memory")
+        if encoder_cache_memory
+        else None,
+        mm_processor_cache_memory=options.parse_size(
+            mm_processor_cache_memory, "--mm-processor-cache-memory", least=0
+        ),
         memory_utilization=memory_utilization,
         seed=seed,
         load_format=load_format,
@@ -159,5 +199,6 @@ def serve(
         api_key=api_key or None,
         chat_template=chat_template,
         max_queued_requests=max_queued_requests,
+        log_stats=not disable_log_stats,
     )
     raise typer.Exit(run_server(config, settings, print_banner))

@@ -14,6 +14,8 @@ from mm_engine.worker.model_runner import ModelRunner
 if TYPE_CHECKING:
     from mm_engine.worker.loader import OpenedModel
 
+DEFAULT_ENCODER_CACHE = 128 * 2**20  # bytes
+
 
 def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Request) -> Engine:
     """Load the weights, run `profile_request` (the costliest prompt), allocate the KV cache.
@@ -26,23 +28,25 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
     """
     ctx = opened.ctx
     runner = ModelRunner(opened, config)
+    max_item_rows = max((opened.plugin.max_tokens(ctx, name) for name in ctx.limits), default=0)
+    max_encoder_rows = num_encoder_rows(config, max_item_rows, runner.encoder.bytes_per_row)
     runner.profile([profile_request])
     num_blocks = num_cache_blocks(
         config,
         max_model_len=ctx.max_model_len,
         bytes_per_block=runner.cache_bytes_per_block,
-        available=runner.available_memory(),
+        available=runner.available_memory() - max_encoder_rows * runner.encoder.bytes_per_row,
         is_cpu=runner.device.type == "cpu",
     )
     runner.init_cache(num_blocks)
-    max_item_rows = max((opened.plugin.max_tokens(ctx, name) for name in ctx.limits), default=0)
     engine = Engine(
         runner,
         config,
         ctx.tokenizer,
         num_blocks=num_blocks,
         max_model_len=ctx.max_model_len,
-        max_encoder_rows=max(config.max_num_batched_tokens, max_item_rows),
+        max_encoder_rows=max_encoder_rows,
+        model=f"{ctx.checkpoint} · {opened.plugin.label} · {ctx.architecture} · {ctx.dtype}",
     )
     engine.info = EngineInfo(
         num_blocks=num_blocks,
@@ -57,6 +61,26 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         load_seconds=runner.load_seconds,
     )
     return engine
+
+
+def num_encoder_rows(config: EngineConfig, max_item_rows: int, bytes_per_row: int) -> int:
+    """How many rows of image features the encoder cache holds: `encoder_cache_memory`'s worth.
+
+    Raises:
+        StartupError: the largest item that the plugin allows doesn't fit.
+    """
+    if config.encoder_cache_memory is None:
+        # Unless told otherwise, all that a step can take fits: then images are never waited for.
+        least = max(config.max_num_batched_tokens, max_item_rows)
+        return max(DEFAULT_ENCODER_CACHE // bytes_per_row, least)
+    num_rows = config.encoder_cache_memory // bytes_per_row
+    if num_rows < max(1, max_item_rows):
+        raise StartupError(
+            f"encoder_cache_memory is too small: {config.encoder_cache_memory} bytes. One image "
+            f"takes up to {max_item_rows} tokens of {bytes_per_row} bytes: give at least "
+            f"{max(1, max_item_rows) * bytes_per_row}."
+        )
+    return num_rows
 
 
 def num_cache_blocks(

@@ -22,6 +22,7 @@ import zmq.asyncio
 from mm_engine.config import EngineConfig
 from mm_engine.engine import wire
 from mm_engine.engine.process import SOCKET_NAME
+from mm_engine.engine.sent_tensors import SentTensors
 from mm_engine.engine.status import EngineInfo, EngineStats
 from mm_engine.errors import (
     ERRORS_BY_NAME,
@@ -46,7 +47,9 @@ class EngineClient:
 
     info: EngineInfo
 
-    def __init__(self) -> None:
+    def __init__(self, max_kept_bytes: int = 0) -> None:
+        #: Items whose tensors the process has.
+        self.sent = SentTensors(max_kept_bytes)
         self._folder = _new_folder()
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket = self._context.socket(zmq.PAIR)
@@ -70,7 +73,7 @@ class EngineClient:
         Raises:
             StartupError, PluginError: it can't start as asked; nothing is left behind.
         """
-        client = cls()
+        client = cls(config.mm_processor_cache_memory)
         try:
             client.info = await client._shake_hands(config, profile_request, plugin)
         except BaseException:
@@ -110,13 +113,15 @@ class EngineClient:
         ended = False
         try:
             tensors: list[wire.Frame] = []
-            self._send(wire.Add(wire.pack_request(request, tensors)), tensors)
+            self._send(wire.Add(wire.pack_request(request, tensors, self.sent)), tensors)
             while not ended:
                 output = await answer.get()
                 if output is None:
                     raise self._dead()
                 ended = output.finished
                 if output.error is not None:
+                    for item in request.items:  # perhaps they are at fault
+                        self.sent.drop(item.content_key)
                     raise _to_error(output.error)
                 yield output
         finally:

@@ -7,7 +7,7 @@ The worker is told by the step's plan: `ScheduledBatch.encode` lists the items t
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from mm_engine.request import Item
 from mm_engine.sequence import Sequence
@@ -57,22 +57,27 @@ class EncoderCache:
         sequence lacked rows, nobody asking later in the step may pin anything new: the callers
         ask in order of age, so an older sequence is never starved by younger ones.
         """
+        needed = self._needed(sequence, num_new_tokens)
+        if not needed:
+            return num_new_tokens
         start = sequence.num_computed_tokens
         num_pinned_rows = sum(self._rows[key] for key in self._num_pins)
         num_step_rows = self._num_step_rows
         seen: set[str] = set()
-        for item in self._needed(sequence, num_new_tokens):
+        for item in needed:
             key, rows = item.content_key, item.placeholder.length
             if key in self._num_pins or key in seen:
                 continue
-            # A range that was begun is pinned, so a cut never falls before `start`.
-            assert item.placeholder.offset >= start
+            # A running sequence has pinned the range that it has begun. One that is yet to be
+            # admitted may begin inside a range, where the KV cache holds the first part: it gets
+            # the features with its first chunk, or isn't admitted.
+            before = max(0, item.placeholder.offset - start)
             if self._refused or num_pinned_rows + rows > self.max_rows:
                 self._refused = True
-                return item.placeholder.offset - start
+                return before
             if key not in self._rows:
                 if num_step_rows and num_step_rows + rows > self.max_step_rows:
-                    return item.placeholder.offset - start
+                    return before
                 num_step_rows += rows
             num_pinned_rows += rows
             seen.add(key)
@@ -80,7 +85,7 @@ class EncoderCache:
 
     def take(self, sequence: Sequence, num_new_tokens: int) -> None:
         """Pin the features that the next `num_new_tokens` need; plan to encode what is missing."""
-        needed = list(self._needed(sequence, num_new_tokens))
+        needed = self._needed(sequence, num_new_tokens)
         if not needed:
             return
         mine = self._pinned_by.setdefault(sequence, [])
@@ -123,13 +128,12 @@ class EncoderCache:
             if key in self._rows and key not in self._num_pins:
                 self._drop(key)
 
-    def _needed(self, sequence: Sequence, num_new_tokens: int) -> Iterator[Item]:
-        start = sequence.num_computed_tokens
-        for item in sequence.request.items:
-            if item.placeholder.offset >= start + num_new_tokens:
-                break  # items come in order of offset
-            if item.placeholder.end > start:
-                yield item
+    def _needed(self, sequence: Sequence, num_new_tokens: int) -> list[Item]:
+        items, start = sequence.request.items, sequence.num_computed_tokens
+        if not items or items[-1].placeholder.end <= start:  # as in every decode
+            return []
+        end = start + num_new_tokens  # items come in order of offset
+        return [i for i in items if i.placeholder.end > start and i.placeholder.offset < end]
 
     def _make_room(self, rows: int) -> None:
         for key in [key for key in self._rows if key not in self._num_pins]:

@@ -35,6 +35,7 @@ class Engine:
 
     `num_blocks` blocks of `config.block_size` tokens are the KV cache. `max_model_len` (tokens)
     and `max_encoder_rows` are the config's maximum and one step's tokens where not given.
+    `model` names all that keys and values depend on besides a prompt: checkpoint, plugin, dtype.
     """
 
     def __init__(
@@ -46,11 +47,14 @@ class Engine:
         num_blocks: int,
         max_model_len: int | None = None,
         max_encoder_rows: int | None = None,
+        model: str = "",
     ) -> None:
         self.runner = FaultBarrier(runner)
         self.tokenizer = tokenizer
         self.info: EngineInfo | None = None  # what was loaded; `build_engine` fills it in
-        self.kv_cache = KVCache(num_blocks, config.block_size)
+        self.kv_cache = KVCache(
+            num_blocks, config.block_size, reuses=config.enable_prefix_caching, model=model
+        )
         max_step_rows = config.max_num_batched_tokens
         self.encoder_cache = EncoderCache(max_encoder_rows or max_step_rows, max_step_rows)
         self.scheduler = Scheduler(
@@ -141,7 +145,7 @@ class Engine:
                 self._fail(share.sequence.request, token.error)
                 continue
             samples = share.samples
-            share.sequence.num_computed_tokens = share.end
+            self.kv_cache.advance(share.sequence, share.num_new_tokens)
             if samples:
                 assert token.token_id is not None
                 try:
@@ -157,6 +161,9 @@ class Engine:
             num_waiting=len(self.scheduler.waiting),
             num_used_blocks=self.kv_cache.num_used_blocks,
             num_blocks=self.kv_cache.num_blocks,
+            num_kept_blocks=self.kv_cache.num_kept_blocks,
+            num_prefix_queries=self.kv_cache.num_queried_tokens,
+            num_prefix_hits=self.kv_cache.num_hit_tokens,
             encoder_rows=self.encoder_cache.num_rows,
             max_encoder_rows=self.encoder_cache.max_rows,
             num_encoder_hits=self.encoder_cache.num_hits,
@@ -230,7 +237,10 @@ class Engine:
         outputs: list[RequestOutput] = []
         for request_id, answer in self._changed.items():
             finished = all(sequence.finished for sequence in answer.sequences)
-            outputs.append(RequestOutput(request_id, answer.news, finished, answer.error))
+            output = RequestOutput(request_id, answer.news, finished, answer.error)
+            # Of the first: the others of a request find what the first has computed.
+            output.num_cached_tokens = answer.sequences[0].num_cached_tokens or 0
+            outputs.append(output)
             answer.news = []
             if finished:
                 del self._answers[request_id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import zmq
 
@@ -28,22 +29,22 @@ class Connection:
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)
         self._socket.connect(address)
+        self._kept: dict[str, wire.Tensors] = {}  # what the front had us keep, by content key
 
     def send(self, message: wire.FromEngine) -> None:
         """Send a message; never blocks."""
         self._socket.send_multipart(wire.encode(message), copy=False)
 
-    def receive(self, *, wait: bool) -> tuple[wire.ToEngine, Request | None] | None:
-        """The next message and the request in it; without `wait` None if there is none yet."""
+    def receive(self, *, wait: bool) -> tuple[wire.ToEngine, Sequence[wire.Frame]] | None:
+        """The next message and all its frames; without `wait` None if there is none yet."""
         if not self._socket.poll(None if wait else 0):
             return None
         frames = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
-        message = wire.decode_to_engine(frames)
-        if isinstance(message, wire.Start):
-            return message, wire.unpack_request(message.profile_request, frames)
-        if isinstance(message, wire.Add):
-            return message, wire.unpack_request(message.request, frames)
-        return message, None
+        return wire.decode_to_engine(frames), frames
+
+    def unpack(self, packed: wire.PackedRequest, frames: Sequence[wire.Frame]) -> Request:
+        """The request in a message; messages must be unpacked in the order in which they came."""
+        return wire.unpack_request(packed, frames, self._kept)
 
     def close(self) -> None:
         """Send what is left, and hang up."""
@@ -68,9 +69,10 @@ def _start(connection: Connection) -> Engine | None:
     """Build the engine that the first message asks for; None if that failed."""
     received = connection.receive(wait=True)
     assert received is not None
-    message, profile_request = received
-    assert isinstance(message, wire.Start) and profile_request is not None
+    message, frames = received
+    assert isinstance(message, wire.Start)
     try:
+        profile_request = connection.unpack(message.profile_request, frames)
         opened = open_model(message.config, message.plugin)
         engine = build_engine(opened, message.config, profile_request)
     except MMEngineError as error:
@@ -90,11 +92,11 @@ def _serve(connection: Connection, engine: Engine) -> None:
     """Step while there is work, listening in between; without work, sleep until a message comes."""
     while True:
         while (received := connection.receive(wait=not engine.has_work)) is not None:
-            message, request = received
+            message, frames = received
             if isinstance(message, wire.Shutdown):
                 return
-            if request is not None:
-                _add(connection, engine, request)
+            if isinstance(message, wire.Add):
+                _add(connection, engine, message.request, frames)
             elif isinstance(message, wire.Abort):
                 engine.abort(message.request_id, notify=False)
             elif isinstance(message, wire.StatsRequest):
@@ -104,10 +106,12 @@ def _serve(connection: Connection, engine: Engine) -> None:
             connection.send(wire.Outputs(outputs))
 
 
-def _add(connection: Connection, engine: Engine, request: Request) -> None:
+def _add(
+    connection: Connection, engine: Engine, packed: wire.PackedRequest, frames: Sequence[wire.Frame]
+) -> None:
     try:
-        engine.add(request)
+        engine.add(connection.unpack(packed, frames))
         return
     except Exception as error:
-        refusal = RequestOutput(request.request_id, finished=True, error=explain(error))
+        refusal = RequestOutput(packed.request_id, finished=True, error=explain(error))
     connection.send(wire.Outputs([refusal]))

@@ -3,7 +3,9 @@
 1. Finished and aborted sequences leave. Nothing else in the engine takes a sequence out.
 2. Every sequence that is decoding gets one token.
 3. Sequences in the middle of their prompt get the next chunk of it.
-4. Waiting sequences are admitted, in order of arrival, and get their first chunk.
+4. Waiting sequences are admitted, in order of arrival, and get their first chunk. It begins
+   behind the blocks that the KV cache still holds of them; one that would compute a block which
+   another computes in this step waits for the next, and finds it there.
 
 All of it within one budget of `max_num_batched_tokens`, at most `max_num_seqs` running. A chunk
 is as long as the budget allows, and may end inside an image.
@@ -11,9 +13,10 @@ is as long as the budget allows, and may end inside an image.
 Older means: arrived earlier. Within 2 and 3 the older go first, 4 stops at the first that can't
 be admitted, and so every running sequence is older than every waiting one.
 
-When blocks of the KV cache run out, the youngest running sequence is preempted: it gives up its
-blocks, returns to the front of the waiting queue, and computes prompt and output so far again.
-A sequence never preempts an older one; it waits, and while one waits for blocks none is admitted.
+When blocks of the KV cache run out (those that are kept but unused count as free), the youngest
+running sequence is preempted: it gives up its blocks, returns to the front of the waiting queue,
+and computes again what of its prompt and output the cache no longer holds then. A sequence never
+preempts an older one; it waits, and while one waits for blocks none is admitted.
 
 Nobody waits for ever. What the oldest running sequence lacks can only be held by younger ones:
 blocks it takes from them; rows of the encoder cache, pinned by a younger sequence inside an
@@ -25,7 +28,7 @@ cache to itself, and `add` refuses what doesn't fit those.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from mm_engine.engine.encoder_cache import EncoderCache
@@ -52,12 +55,13 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
         self.running: list[Sequence] = []  # oldest first
-        self.waiting: deque[Sequence] = deque()  # oldest first
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()  # oldest first
         self.num_preemptions = 0
         self._leaving: list[Sequence] = []  # finished; still hold their blocks
         self._suspect_keys: list[str] = []  # of features that a failed step may not have made
         self._plan: dict[Sequence, int] = {}  # new tokens by sequence, for the step being planned
         self._budget = 0  # tokens that the step being planned may still take
+        self._coming: set[bytes] = set()  # keys of the blocks that the plan's chunks complete
 
     @property
     def has_work(self) -> bool:
@@ -89,7 +93,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence whose request passed `check`."""
-        self.waiting.append(sequence)
+        self.waiting[sequence] = None
 
     def finish(self, sequence: Sequence) -> None:
         """Mark a sequence as ended, by whatever cause; it leaves when the next step is planned."""
@@ -123,7 +127,7 @@ class Scheduler:
             if sequence in self.running:
                 self.running.remove(sequence)
             else:
-                self.waiting.remove(sequence)
+                del self.waiting[sequence]
             self.kv_cache.free(sequence)
             self.encoder_cache.release(sequence)
         self.encoder_cache.discard(self._suspect_keys)
@@ -131,6 +135,7 @@ class Scheduler:
 
     def _fill_plan(self) -> None:
         self._plan = {}
+        self._coming = set()
         self.encoder_cache.begin_step()
         self._budget = self.max_num_batched_tokens
         blocks_suffice = True
@@ -150,18 +155,30 @@ class Scheduler:
                 blocks_suffice = False
 
         while self.waiting and len(self.running) < self.max_num_seqs and blocks_suffice:
-            sequence = self.waiting[0]
-            # All it has so far must find room, or it would soon be preempted again.
-            if not self.kv_cache.can_append(sequence, sequence.num_tokens):
+            if not self._admit(next(iter(self.waiting))):
                 break
-            num_new_tokens = min(sequence.num_tokens, self._budget)
-            num_new_tokens = self.encoder_cache.cut(sequence, num_new_tokens)
-            if num_new_tokens == 0:
-                break
-            self.waiting.popleft()
-            sequence.status = SequenceStatus.RUNNING
-            self.running.append(sequence)
-            self._put(sequence, num_new_tokens)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give the first waiting sequence what the cache holds of it, and a first chunk."""
+        found = self.kv_cache.lookup(sequence)
+        # What this step computes for another needn't be computed twice: the next step finds it.
+        if self.kv_cache.key_wanted(sequence, found) in self._coming:
+            return False
+        # All it has so far must find room, or it would soon be preempted again.
+        if not self.kv_cache.can_admit(sequence, found):
+            return False
+        sequence.num_computed_tokens = len(found) * self.kv_cache.block_size
+        num_new_tokens = min(sequence.num_uncomputed_tokens, self._budget)
+        num_new_tokens = self.encoder_cache.cut(sequence, num_new_tokens)
+        if num_new_tokens == 0:
+            sequence.num_computed_tokens = 0
+            return False
+        del self.waiting[sequence]
+        sequence.status = SequenceStatus.RUNNING
+        self.running.append(sequence)
+        self.kv_cache.adopt(sequence, found)
+        self._put(sequence, num_new_tokens)
+        return True
 
     def _put(self, sequence: Sequence, num_new_tokens: int) -> None:
         assert sequence not in self._plan
@@ -169,13 +186,15 @@ class Scheduler:
         self.encoder_cache.take(sequence, num_new_tokens)
         self._plan[sequence] = num_new_tokens
         self._budget -= num_new_tokens
+        if not _decodes(sequence):
+            self._coming.update(self.kv_cache.keys_completed_by(sequence, num_new_tokens))
 
     def _make_blocks(self, sequence: Sequence, num_new_tokens: int) -> bool:
         """Preempt younger sequences, youngest first, until the blocks suffice; if they ever can."""
         if self.kv_cache.can_append(sequence, num_new_tokens):
             return True
         younger = self.running[self.running.index(sequence) + 1 :]
-        num_free = self.kv_cache.num_free_blocks + sum(len(seq.block_table) for seq in younger)
+        num_free = self.kv_cache.num_free_blocks + self.kv_cache.num_freed_by(younger)
         if self.kv_cache.num_missing_blocks(sequence, num_new_tokens) > num_free:
             return False
         while not self.kv_cache.can_append(sequence, num_new_tokens):
@@ -191,7 +210,8 @@ class Scheduler:
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.waiting[sequence] = None
+        self.waiting.move_to_end(sequence, last=False)
         # Only a decode can have been planned before an older sequence's turn: no item of the
         # plan was meant for it, and its token goes back to the budget.
         self._budget += self._plan.pop(sequence, 0)

@@ -29,6 +29,9 @@ class EngineStats:
     num_waiting: int  # sequences
     num_used_blocks: int
     num_blocks: int
+    num_kept_blocks: int  # hold what can be found by its key, in use or not
+    num_prefix_queries: int  # tokens of sequences when they were admitted
+    num_prefix_hits: int  # of these, tokens whose keys and values were there already
     encoder_rows: int  # rows of features kept
     max_encoder_rows: int
     num_encoder_hits: int  # items whose features were there already

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mm_engine.config import EngineConfig
+from mm_engine.engine.sent_tensors import Sending, SentTensors
 from mm_engine.engine.status import EngineInfo, EngineStats
 from mm_engine.outputs import RequestOutput
 from mm_engine.plugins.record import PluginRecord
@@ -20,6 +21,7 @@ from mm_engine.request import Item, PlaceholderRange, Request
 from mm_engine.sampling_params import SamplingParams
 
 Frame = bytes | memoryview
+Tensors = dict[str, Tensor]
 
 
 class PackedTensor(msgspec.Struct, array_like=True):
@@ -31,11 +33,13 @@ class PackedTensor(msgspec.Struct, array_like=True):
 
 
 class PackedItem(msgspec.Struct, array_like=True):
-    """An `Item`."""
+    """An `Item`, whose tensors the receiver may have from before. See `SentTensors`."""
 
     placeholder: PlaceholderRange
     content_key: str
-    tensors: dict[str, PackedTensor]
+    tensors: dict[str, PackedTensor] | None  # None: those that were sent with this key
+    keep: bool  # keep them for items to come
+    forget: list[str]  # content keys to drop first
 
 
 class PackedRequest(msgspec.Struct, array_like=True):
@@ -46,6 +50,7 @@ class PackedRequest(msgspec.Struct, array_like=True):
     sampling_params: SamplingParams
     items: list[PackedItem]
     eos_token_ids: tuple[int, ...]
+    cache_salt: str
 
 
 class Start(msgspec.Struct, tag=True):
@@ -110,7 +115,7 @@ _from_engine = msgspec.msgpack.Decoder(FromEngine)
 
 
 def encode(message: ToEngine | FromEngine, tensors: Sequence[Frame] = ()) -> list[Frame]:
-    """The frames of a message; `tensors` is what `pack_request` filled."""
+    """The frames of a message; `tensors` are what `pack_request` filled."""
     return [_encoder.encode(message), *tensors]
 
 
@@ -124,50 +129,78 @@ def decode_from_engine(frames: Sequence[Any]) -> FromEngine:
     return _from_engine.decode(frames[0])
 
 
-def pack_request(request: Request, tensors: list[Frame]) -> PackedRequest:
-    """Make a request sendable. The bytes of its tensors are appended to `tensors`, not copied."""
-    items = [
-        PackedItem(
-            item.placeholder,
-            item.content_key,
-            {name: _pack_tensor(tensor, tensors) for name, tensor in item.tensors.items()},
-        )
-        for item in request.items
+def pack_request(
+    request: Request, frames: list[Frame], sent: SentTensors | None = None
+) -> PackedRequest:
+    """Make a request sendable. The bytes of its tensors are appended to `frames`, not copied.
+
+    With `sent`, tensors that the receiver has are left out; the message must then be the next one
+    that is sent.
+    """
+    # First what may fail: what `sent` plans must come to pass.
+    views = [
+        {name: _bytes_of(tensor) for name, tensor in item.tensors.items()} for item in request.items
     ]
+    items = []
+    for item, named in zip(request.items, views, strict=True):
+        sending = Sending(known=False, keep=False, forget=[])
+        if sent is not None:
+            sending = sent.send(item.content_key, sum(view.nbytes for view in named.values()))
+        tensors: dict[str, PackedTensor] | None = None
+        if not sending.known:
+            tensors = {}
+            for name, view in named.items():
+                frames.append(view)
+                tensor = item.tensors[name]
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                tensors[name] = PackedTensor(dtype, tuple(tensor.shape), len(frames))
+        items.append(
+            PackedItem(item.placeholder, item.content_key, tensors, sending.keep, sending.forget)
+        )
     return PackedRequest(
         request.request_id,
         request.prompt_token_ids,
         request.sampling_params,
         items,
         request.eos_token_ids,
+        request.cache_salt,
     )
 
 
-def unpack_request(packed: PackedRequest, frames: Sequence[Frame]) -> Request:
-    """The request again; its tensors own their memory. `frames` are the whole message's."""
-    items = tuple(
-        Item(
-            item.placeholder,
-            item.content_key,
-            {name: _unpack_tensor(tensor, frames) for name, tensor in item.tensors.items()},
-        )
-        for item in packed.items
-    )
+def unpack_request(
+    packed: PackedRequest, frames: Sequence[Frame], kept: dict[str, Tensors] | None = None
+) -> Request:
+    """The request again; its tensors own their memory. `frames` are the whole message's.
+
+    `kept` holds the tensors that stay here, by content key.
+    """
+    kept = {} if kept is None else kept
+    items = []
+    for item in packed.items:
+        for key in item.forget:
+            kept.pop(key, None)
+        if item.tensors is None:
+            tensors = kept[item.content_key]
+        else:
+            tensors = {name: _unpack_tensor(t, frames) for name, t in item.tensors.items()}
+        if item.keep:
+            kept[item.content_key] = tensors
+        items.append(Item(item.placeholder, item.content_key, tensors))
     return Request(
         packed.request_id,
         packed.prompt_token_ids,
         packed.sampling_params,
-        items,
+        tuple(items),
         packed.eos_token_ids,
+        packed.cache_salt,
     )
 
 
-def _pack_tensor(tensor: Tensor, tensors: list[Frame]) -> PackedTensor:
+def _bytes_of(tensor: Tensor) -> memoryview:
     # numpy has no bfloat16, and a tensor without dimensions can't be viewed as bytes.
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    tensors.append(flat.view(torch.uint8).numpy().data)
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return PackedTensor(dtype, tuple(tensor.shape), len(tensors))
+    view: memoryview = flat.view(torch.uint8).numpy().data
+    return view
 
 
 def _unpack_tensor(packed: PackedTensor, frames: Sequence[Frame]) -> Tensor:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from mm_engine.errors import RequestError, StartupError
 from mm_engine.inputs.chat import ChatRenderer, read_template
 from mm_engine.inputs.hashing import content_key
 from mm_engine.inputs.media import to_rgb
+from mm_engine.inputs.processed_items import ProcessedItems
 from mm_engine.plugins.placeholders import placeholder_token_id
 from mm_engine.request import Item, PromptInputs, Request
 from mm_engine.sampling_params import SamplingParams
@@ -28,6 +30,7 @@ class PreparedPrompt:
     prompt: str | None  # as rendered, placeholders not expanded
     prompt_token_ids: tuple[int, ...]
     items: tuple[Item, ...] = ()
+    cache_salt: str = ""  # nothing is shared between prompts of different salts
 
 
 class InputPipeline:
@@ -39,6 +42,8 @@ class InputPipeline:
         self.plugin = opened.plugin
         self.max_len = opened.ctx.max_model_len  # prompt and output together, tokens
         self.vocab_size = int(opened.ctx.text_config.vocab_size)
+        #: Tensors of images that were mapped before.
+        self.processed = ProcessedItems(opened.config.mm_processor_cache_memory)
         self._placeholder = placeholder_token_id(self.ctx)
         image_text = functools.partial(self.plugin.placeholder_text, self.ctx, "image")
         template = read_template(self.ctx, chat_template)
@@ -51,8 +56,8 @@ class InputPipeline:
         """Take no request longer than `num_tokens`: what the KV cache turned out to hold."""
         self.max_len = min(self.max_len, num_tokens)
 
-    def prepare(self, inputs: PromptInputs) -> PreparedPrompt:
-        """Tokenize, map and expand one prompt.
+    def prepare(self, inputs: PromptInputs, *, cache_salt: str = "") -> PreparedPrompt:
+        """Tokenize, map and expand one prompt. No cache shares it with another `cache_salt`.
 
         Raises:
             RequestError: the prompt or one of its items is at fault.
@@ -63,7 +68,7 @@ class InputPipeline:
             raise RequestError("give either a prompt or prompt_token_ids.", param="prompt")
         if ids is None:
             ids = self._tokenize(inputs.prompt)
-        return self._expand(inputs.prompt, ids, inputs.multi_modal_data)
+        return self._expand(inputs.prompt, ids, inputs.multi_modal_data, cache_salt)
 
     def prepare_chat(
         self,
@@ -71,6 +76,7 @@ class InputPipeline:
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        cache_salt: str = "",
     ) -> PreparedPrompt:
         """Render messages whose image parts are `{"type": "image", "image": PIL.Image}`.
 
@@ -89,7 +95,8 @@ class InputPipeline:
         if chat_template is not None:
             renderer = ChatRenderer(self.ctx, chat_template, self.chat.image_text)
         text, ids = renderer.encode(messages, add_generation_prompt=add_generation_prompt)
-        return self._expand(text, ids, {"image": tuple(images)} if images else {})
+        data = {"image": tuple(images)} if images else {}
+        return self._expand(text, ids, data, cache_salt)
 
     def request(
         self, prepared: PreparedPrompt, params: SamplingParams, request_id: str | None = None
@@ -132,6 +139,7 @@ class InputPipeline:
             sampling_params=dataclasses.replace(params, max_tokens=params.max_tokens or room),
             items=prepared.items,
             eos_token_ids=self.opened.eos_token_ids,
+            cache_salt=prepared.cache_salt,
         )
 
     def dummy_request(self) -> Request:
@@ -203,7 +211,11 @@ class InputPipeline:
                 )
 
     def _expand(
-        self, prompt: str | None, ids: tuple[int, ...], given: Mapping[str, Sequence[Any]]
+        self,
+        prompt: str | None,
+        ids: tuple[int, ...],
+        given: Mapping[str, Sequence[Any]],
+        cache_salt: str,
     ) -> PreparedPrompt:
         if not ids:
             raise RequestError("the prompt is empty. Send at least one token.", param="prompt")
@@ -212,16 +224,17 @@ class InputPipeline:
             modality: tuple(items) for modality, items in given.items() if items
         }
         if not data and self._placeholder not in ids:
-            return PreparedPrompt(prompt, ids)
+            return PreparedPrompt(prompt, ids, cache_salt=cache_salt)
         mapped: dict[str, tuple[Any, ...]] = {}
         keys: dict[str, list[str]] = {}
         for modality, items in data.items():
             images = data[modality] = self._check_items(modality, items)
             mapper = self.plugin.mapper_key(self.ctx, modality)
-            options = (mapper, self.plugin.label, str(self.ctx.checkpoint))
+            options = (mapper, self.plugin.label, str(self.ctx.checkpoint), cache_salt)
             keys[modality] = [content_key(modality, image, *options) for image in images]
             mapped[modality] = tuple(
-                self.plugin.map_item(self.ctx, modality, image) for image in images
+                self.processed.get(key, functools.partial(self._map, modality, image))
+                for key, image in zip(keys[modality], images, strict=True)
             )
         inputs = PromptInputs(
             prompt=prompt, prompt_token_ids=ids, multi_modal_data=data, mapped=mapped
@@ -232,7 +245,10 @@ class InputPipeline:
             Item(r, keys[r.modality][r.item], mapped[r.modality][r.item])
             for r in sorted(result.placeholders, key=lambda r: r.offset)
         )
-        return PreparedPrompt(prompt, tuple(result.prompt_token_ids), placed)
+        return PreparedPrompt(prompt, tuple(result.prompt_token_ids), placed, cache_salt)
+
+    def _map(self, modality: str, image: Image.Image) -> dict[str, Tensor]:
+        return self.plugin.map_item(self.ctx, modality, image)
 
     def _check_items(self, modality: str, items: Sequence[Any]) -> tuple[Image.Image, ...]:
         """The items as RGB."""

@@ -60,7 +60,9 @@ def _prepare(
         role = "system" if message.role == "developer" else message.role
         messages.append({"role": role, "content": content})
     prepared = service.pipeline.prepare_chat(
-        messages, add_generation_prompt=asked.add_generation_prompt is not False
+        messages,
+        add_generation_prompt=asked.add_generation_prompt is not False,
+        cache_salt=service.cache_salt(asked.cache_salt),
     )
     return service.pipeline.request(prepared, params, request_id)
 

@@ -37,7 +37,8 @@ async def open_completion(service: Service, body: bytes, slots: Slots) -> Job:
         num_choices=params.n,
         num_top=params.logprobs or 0,
     )
-    requests = await service.in_thread(lambda: _prepare(service, prompts, params, reply.id))
+    salt = service.cache_salt(asked.cache_salt)
+    requests = await service.in_thread(lambda: _prepare(service, prompts, params, salt, reply.id))
     if asked.echo:
         decode = service.pipeline.ctx.tokenizer.decode
         reply.echoes = [p if isinstance(p, str) else str(decode(p)) for p in prompts]
@@ -45,7 +46,7 @@ async def open_completion(service: Service, body: bytes, slots: Slots) -> Job:
 
 
 def _prepare(
-    service: Service, prompts: Sequence[Prompt], params: SamplingParams, reply_id: str
+    service: Service, prompts: Sequence[Prompt], params: SamplingParams, salt: str, reply_id: str
 ) -> list[Request]:
     requests = []
     for index, prompt in enumerate(prompts):
@@ -54,7 +55,7 @@ def _prepare(
         else:
             inputs = PromptInputs(prompt_token_ids=tuple(prompt))
         try:
-            prepared = service.pipeline.prepare(inputs)
+            prepared = service.pipeline.prepare(inputs, cache_salt=salt)
             requests.append(service.pipeline.request(prepared, params, f"{reply_id}-{index}"))
         except RequestError as error:
             if error.param == "messages":  # the pipeline's word for what holds the prompt

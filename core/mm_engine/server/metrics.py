@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,53 +13,109 @@ from mm_engine.plugins.record import PluginRecord
 
 if TYPE_CHECKING:
     from mm_engine.engine.status import EngineStats
+    from mm_engine.inputs.processed_items import ProcessedItems
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
-#: Fields of `EngineStats`: those that only grow are counters.
+#: Fields of `EngineStats`, with the names of vLLM's metrics where the meaning is the same.
 _GAUGES = {
-    "num_running": "Sequences that take part in steps",
-    "num_waiting": "Sequences that wait for their first step, or to be recomputed",
-    "num_used_blocks": "Blocks of the KV cache in use",
-    "num_blocks": "Blocks of the KV cache",
-    "encoder_rows": "Rows of image features that are kept",
-    "max_encoder_rows": "Rows of image features that can be kept",
+    "num_requests_running": ("num_running", "Sequences that take part in steps"),
+    "num_requests_waiting": (
+        "num_waiting",
+        "Sequences that wait for their first step, or to be recomputed",
+    ),
+    "num_used_blocks": ("num_used_blocks", "Blocks of the KV cache in use"),
+    "num_kept_blocks": (
+        "num_kept_blocks",
+        "Blocks of the KV cache, in use or free, that a prompt may find",
+    ),
+    "num_blocks": ("num_blocks", "Blocks of the KV cache"),
+    "encoder_rows": ("encoder_rows", "Rows of image features that are kept"),
+    "max_encoder_rows": ("max_encoder_rows", "Rows of image features that can be kept"),
 }
 _COUNTERS = {
-    "num_encoder_hits": "Images whose features were kept from before",
-    "num_encodes": "Images that were encoded",
-    "num_preemptions": "Sequences that gave up their blocks to be recomputed later",
-    "num_prompt_tokens": "Tokens of prompts computed",
-    "num_generation_tokens": "Tokens generated",
-    "num_steps": "Steps of the engine",
+    "num_preemptions": (
+        "num_preemptions",
+        "Sequences that gave up their blocks to be recomputed later",
+    ),
+    "prompt_tokens": ("num_prompt_tokens", "Tokens of prompts, found or computed"),
+    "generation_tokens": ("num_generation_tokens", "Tokens generated"),
+    "steps": ("num_steps", "Steps of the engine"),
+    "encodes": ("num_encodes", "Images that were encoded"),
 }
+#: What is counted in each cache.
+_CACHES = {
+    "prefix_cache": "Tokens of admitted prompts (KV cache)",
+    "encoder_cache": "Images that prompts came to (features)",
+    "mm_cache": "Images that arrived (tensors of the image processor)",
+}
+
+
+class CacheCounts(NamedTuple):
+    """How often a cache was asked since the start, and how often it had what was wanted."""
+
+    queries: int
+    hits: int
+
+    @property
+    def rate(self) -> float:
+        """Hits by queries, 0 if there were none."""
+        return self.hits / self.queries if self.queries else 0.0
+
+    def since(self, before: CacheCounts) -> CacheCounts:
+        """The counts between then and now."""
+        return CacheCounts(self.queries - before.queries, self.hits - before.hits)
+
+
+def cache_counts(stats: EngineStats, processed: ProcessedItems) -> dict[str, CacheCounts]:
+    """The counts of all three caches, by name."""
+    num_images = stats.num_encoder_hits + stats.num_encodes
+    return {
+        "prefix_cache": CacheCounts(stats.num_prefix_queries, stats.num_prefix_hits),
+        "encoder_cache": CacheCounts(num_images, stats.num_encoder_hits),
+        "mm_cache": CacheCounts(processed.num_queries, processed.num_hits),
+    }
 
 
 class EngineCollector:
     """The engine's own numbers, as it told them last; none if it is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, processed: ProcessedItems) -> None:
         self.stats: EngineStats | None = None
+        self._processed = processed
 
     def collect(self) -> Iterable[Metric]:
         """Yield a metric for each number (called by prometheus_client)."""
+        stats = self.stats
         yield GaugeMetricFamily(
-            "mm_engine_up", "Whether the engine process lives", float(self.stats is not None)
+            "mm_engine_up", "Whether the engine process lives", float(stats is not None)
         )
-        values = dataclasses.asdict(self.stats) if self.stats is not None else {}
-        for name, text in _GAUGES.items():
-            if name in values:
-                yield GaugeMetricFamily(f"mm_engine_{name}", text, values[name])
-        for name, text in _COUNTERS.items():
-            if name in values:
-                plain = name.removeprefix("num_")
-                yield CounterMetricFamily(f"mm_engine_{plain}", text, values[name])
+        if stats is None:
+            return
+        for name, (field, text) in _GAUGES.items():
+            yield GaugeMetricFamily(f"mm_engine_{name}", text, getattr(stats, field))
+        yield GaugeMetricFamily(
+            "mm_engine_kv_cache_usage_perc",
+            "Share of the KV cache's blocks in use; 1 is all of them",
+            stats.num_used_blocks / stats.num_blocks,
+        )
+        for name, (field, text) in _COUNTERS.items():
+            yield CounterMetricFamily(f"mm_engine_{name}", text, getattr(stats, field))
+        for name, counts in cache_counts(stats, self._processed).items():
+            text = _CACHES[name]
+            yield CounterMetricFamily(f"mm_engine_{name}_queries", text, counts.queries)
+            yield CounterMetricFamily(
+                f"mm_engine_{name}_hits", f"{text} that were there already", counts.hits
+            )
+            yield GaugeMetricFamily(
+                f"mm_engine_{name}_hit_rate", "Hits by queries since the start", counts.rate
+            )
 
 
 class Metrics:
     """The server's metrics, in a registry of their own."""
 
-    def __init__(self, plugin: PluginRecord) -> None:
+    def __init__(self, plugin: PluginRecord, processed: ProcessedItems) -> None:
         self.registry = CollectorRegistry()
         served = Gauge(
             "mm_engine_plugin_info",
@@ -70,7 +125,7 @@ class Metrics:
         )
         contract = contract_version()
         served.labels(plugin.distribution, plugin.version, plugin.architecture, contract).set(1)
-        self.engine = EngineCollector()
+        self.engine = EngineCollector(processed)
         self.registry.register(self.engine)
         self.requests = Counter(
             "mm_engine_requests",
@@ -84,13 +139,13 @@ class Metrics:
             registry=self.registry,
         )
         self.request_seconds = self._histogram(
-            "request_seconds", "From a completion request's arrival to its last byte"
+            "e2e_request_latency_seconds", "From a completion request's arrival to its last byte"
         )
         self.first_token_seconds = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token"
         )
         self.token_seconds = self._histogram(
-            "inter_token_seconds", "Between one token and the next of a completion"
+            "inter_token_latency_seconds", "Between one token and the next of a completion"
         )
 
     def text(self, stats: EngineStats | None) -> bytes:

@@ -26,6 +26,7 @@ from mm_engine.server.errors import request_error_of
 MAX_MESSAGES = 2048
 MAX_PARTS = 2048  # content parts of one message
 MAX_PROMPTS = 1024  # prompts of one completion request
+MAX_SALT = 1024  # characters of a cache_salt
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -120,6 +121,7 @@ class GenerationRequest(Shape):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
 
     @property
     def include_usage(self) -> bool:

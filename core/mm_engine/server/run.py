@@ -17,6 +17,7 @@ import uvicorn
 from mm_engine.config import EngineConfig
 from mm_engine.errors import StartupError
 from mm_engine.server.settings import ServerSettings
+from mm_engine.server.status_line import log_status
 
 if TYPE_CHECKING:
     from mm_engine.engine.client import EngineClient
@@ -215,6 +216,9 @@ async def _run(
     on_start()
     stopping = asyncio.create_task(stop.wait())
     dying = asyncio.create_task(_watch(service))
+    tasks = [stopping, dying]
+    if service.settings.log_stats:
+        tasks.append(asyncio.create_task(log_status(service, service.settings.status_interval)))
     await asyncio.wait((stopping, dying, serving), return_when=asyncio.FIRST_COMPLETED)
     died = dying.done()
     if not died:
@@ -224,9 +228,9 @@ async def _run(
     server.should_exit = True
     await serving
     deadline.cancel()
-    stopping.cancel()
-    dying.cancel()
-    await asyncio.gather(stopping, dying, return_exceptions=True)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
     return 1 if died else 0
 
 

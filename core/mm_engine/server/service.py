@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import hmac
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -47,6 +49,18 @@ class Slots:
         self.num_prompts = num_prompts
 
 
+def bound_salt(api_key: str | None, asked: str) -> str:
+    """The salt that a request asked for, bound to the API key if one is set.
+
+    Then a salt means something only to those who hold the key, and nobody can tell by its speed
+    whether a prompt was sent with another key.
+    """
+    if api_key is None:
+        return asked
+    secret, salt = (text.encode("utf-8", "surrogatepass") for text in (api_key, asked))
+    return hmac.new(secret, salt, hashlib.sha256).hexdigest()
+
+
 class Service:
     """One engine behind one HTTP server. Used from the event loop's thread only."""
 
@@ -56,7 +70,7 @@ class Service:
         self.client = client
         self.pipeline = pipeline
         self.settings = settings
-        self.metrics = Metrics(pipeline.plugin.record)
+        self.metrics = Metrics(pipeline.plugin.record, pipeline.processed)
         self.num_prompts = 0  # admitted and not yet answered
         self.draining = False
         max_images = pipeline.ctx.limits.get("image", 0)
@@ -84,6 +98,10 @@ class Service:
                 status=404,
                 code="model_not_found",
             )
+
+    def cache_salt(self, asked: str | None) -> str:
+        """What separates a request from others in all caches; see `bound_salt`."""
+        return bound_salt(self.settings.api_key, asked or "")
 
     def check_ready(self) -> None:
         """Refuse work that can't be done.

@@ -23,4 +23,6 @@ class ServerSettings:
     max_input_threads: int = 4  # prompts that are rendered, decoded and mapped at the same time
     body_timeout: float = 60.0  # for a request's body to arrive
     drain_timeout: float = 30.0  # for streams to finish after SIGTERM
+    log_stats: bool = True  # a line on the load every few seconds
+    status_interval: float = 10.0  # between two of these lines
     dead_engine_timeout: float = 15.0  # how long /health answers 503 before the server exits

@@ -33,6 +33,11 @@ class Encoder:
         self.features: dict[str, Tensor] = {}  # content key -> [num_tokens, hidden]
         self.num_encoded = 0
 
+    @property
+    def bytes_per_row(self) -> int:
+        """Memory that one token's features take."""
+        return self.hidden_size * self.dtype.itemsize
+
     def drop(self, keys: Sequence[str]) -> None:
         """Forget the features of `keys`."""
         for key in keys:
@@ -63,10 +68,7 @@ class Encoder:
 
     def _encode(self, items: Sequence[Item]) -> None:
         method = f"embed_{items[0].modality}s"
-        tensors = {
-            name: batch([item.tensors[name].to(self.device) for item in items])
-            for name in items[0].tensors
-        }
+        tensors = {name: self._batch(name, items) for name in items[0].tensors}
         try:
             with torch.inference_mode():
                 embed = getattr(self.model, method)
@@ -93,6 +95,13 @@ class Encoder:
             # a model returns it may write to again.
             self.features[item.content_key] = rows.clone()
         self.num_encoded += len(items)
+
+    def _batch(self, name: str, items: Sequence[Item]) -> Tensor | list[Tensor]:
+        """The items' tensors of one name, as copies: other requests may bring the same ones."""
+        tensors = batch([item.tensors[name] for item in items])
+        if isinstance(tensors, Tensor):  # stacked, so they are copies
+            return tensors.to(self.device)
+        return [tensor.to(self.device, copy=True) for tensor in tensors]
 
     def _finished(self, features: Any) -> Any:
         """Wait for the device if the call is timed: launching work isn't doing it."""

@@ -164,7 +164,7 @@ class ModelRunner:
                 fact = "expected finite numbers for this request, got NaN or infinity"
                 blamed = self.opened.plugin.blame(method, fact)
                 results[running[i]] = SampledToken(error=ErrorInfo("PluginError", str(blamed)))
-                self._clean(forward.scheduled[i].sequence)
+                self._clean(forward.scheduled[i])
             return results
 
     def _forward(self, forward: ForwardBatch) -> Tensor:
@@ -238,9 +238,13 @@ class ModelRunner:
                 return ErrorInfo("PluginError", str(blamed))
         return None
 
-    def _clean(self, sequence: EngineSequence) -> None:
-        """Zero the blocks of a sequence whose values may be NaN: masked NaN would still spread."""
-        blocks = torch.tensor(sequence.block_table, device=self.device)
+    def _clean(self, scheduled: ScheduledSequence) -> None:
+        """Zero the blocks that a share wrote, if that may be NaN: masked NaN would still spread.
+
+        Blocks before them were filled by steps without a fault, and others may be reading them.
+        """
+        first = scheduled.start // self.block_size
+        blocks = torch.tensor(scheduled.sequence.block_table[first:], device=self.device)
         for key_cache, value_cache in self.kv_caches:
             key_cache[blocks] = 0
             value_cache[blocks] = 0
