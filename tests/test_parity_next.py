@@ -16,6 +16,7 @@ from mm_engine import LLM, SamplingParams
 from mm_engine.outputs import RequestOutput
 from mm_engine.worker.encoder import batch
 from parity import Case, Oracle, Trace, picture
+from test_parity import CACHES
 
 NUM_SIZES = 52  # in each of four geometries: 208
 NUM_TOKENS = 8
@@ -122,7 +123,9 @@ def fixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     path = geometry.make(tmp_path_factory.mktemp("checkpoint"))
     oracle = Oracle(path)
     cases = [
-        Case("USER: <image>\nWhat is in the picture? ASSISTANT:", (picture(i, *size),))
+        # They begin differently: where text before an image is shared, prompts wait for images
+        # before they are admitted, and blocks don't run out.
+        Case(f"{i % 10}{i} USER: <image>\nWhat is in it? ASSISTANT:", (picture(i, *size),))
         for i, size in enumerate(random_sizes(GEOMETRIES.index(geometry)))
     ]
     features = [oracle.features(case.images)[0] for case in cases]
@@ -150,8 +153,9 @@ def test_features_of_every_size(fixture: Fixture) -> None:
             torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_all_sizes_mixed_in_one_batch(fixture: Fixture) -> None:
-    llm = fixture.llm()
+@pytest.mark.parametrize("caches", CACHES)
+def test_all_sizes_mixed_in_one_batch(fixture: Fixture, caches: str) -> None:
+    llm = fixture.llm(**CACHES[caches])
     trace = Trace.of(llm)
     fixture.run(llm)
     assert trace.most_sequences > 16
@@ -159,10 +163,12 @@ def test_all_sizes_mixed_in_one_batch(fixture: Fixture) -> None:
     assert llm.engine.stats().num_preemptions == 0
 
 
-def test_chunks_that_cut_images_while_blocks_run_out(fixture: Fixture) -> None:
+@pytest.mark.parametrize("caches", CACHES)
+def test_chunks_that_cut_images_while_blocks_run_out(fixture: Fixture, caches: str) -> None:
     longest = max(len(ids) for ids in fixture.prompt_ids)
-    memory = (longest + 100) * BYTES_PER_TOKEN
-    llm = fixture.llm(max_num_batched_tokens=1500, kv_cache_memory=memory, block_size=2)
+    memory = (longest + NUM_TOKENS + 2) * BYTES_PER_TOKEN
+    options = {"max_num_batched_tokens": 1500, "block_size": 2, **CACHES[caches]}
+    llm = fixture.llm(kv_cache_memory=memory, **options)
     trace = Trace.of(llm)
     fixture.run(llm)
     assert trace.cut_images > 8
@@ -170,6 +176,7 @@ def test_chunks_that_cut_images_while_blocks_run_out(fixture: Fixture) -> None:
     stats = llm.engine.stats()
     assert stats.num_preemptions > 0
     assert stats.num_used_blocks == 0
+    assert (llm.engine.kv_cache.num_evictions > 0) == (caches == "cached")
 
 
 IMAGES = tuple(

@@ -43,6 +43,7 @@ class EngineConfig:
     limit_mm_per_prompt: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_LIMITS))
     plugins: tuple[str, ...] = ()  # `--plugin`: `Architecture=distribution`, or a path to one file
     hook_timeout: float = 30.0  # seconds that one call of a plugin's hook or mapper may take
+    step_timeout: float = 300.0  # seconds that a step may take before the process counts as stuck
     progress: bool = True  # progress bars on stderr
 
     def __post_init__(self) -> None:
@@ -61,6 +62,8 @@ class EngineConfig:
         kept = self.mm_processor_cache_memory
         ok = type(kept) is int and kept >= 0
         _check(ok, "mm_processor_cache_memory", kept, "an integer of at least 0")
+        ok = isinstance(self.step_timeout, int | float) and self.step_timeout > 0
+        _check(ok, "step_timeout", self.step_timeout, "a number of seconds above 0")
         share = self.memory_utilization
         ok = isinstance(share, int | float) and 0 < share <= 1
         _check(ok, "memory_utilization", share, "a number above 0 and up to 1")

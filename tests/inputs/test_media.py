@@ -132,6 +132,12 @@ def test_a_header_that_declares_too_many_pixels_is_refused_without_allocating() 
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("size", [(65_536, 1), (1, 65_536), (1, 31_999_999)])
+def test_side_longer_than_any_jpegs_is_refused_by_the_header(size: tuple[int, int]) -> None:
+    with pytest.raises(RequestError, match=r"too long: \d+ × \d+ pixels\. A side may have 65535"):
+        decode_image(png_of_size(*size))
+
+
 def _resized_jpeg(width: int, height: int) -> bytes:
     encoded = encode(quarters(), "JPEG")
     start = encoded.index(b"\xff\xc0")

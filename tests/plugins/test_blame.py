@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from mm_engine.plugins import PlaceholderRange, PromptInputs, blame
 from mm_engine.plugins.blame import (
     may_be_the_users,
     num_hanging_calls,
+    one_line,
     place_of,
     with_time_limit,
 )
@@ -320,3 +322,43 @@ def test_change_of_an_image_is_seen_in_every_mode(mode: str) -> None:
     assert image.getpixel((3, 3)) == Image.new(mode, (1, 1)).getpixel((0, 0))
     for changed in (image.resize((4, 5)), image.convert("1")):
         assert not equal_items(changed, image)
+
+
+def test_call_that_never_lets_go_of_the_interpreter_fails_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a regular expression that explodes: nobody can wake up in time, but it doesn't pass."""
+    monkeypatch.setattr(blame, "MAX_LATE", 0.2)
+    subject = "a" * 24
+
+    def explode() -> str:
+        re.match(r"(a+)+b", subject)
+        return "too late"
+
+    start = time.monotonic()
+    explode()
+    seconds = time.monotonic() - start
+    assert seconds > 0.5, "it must take longer than the limit and what it may be late by"
+    with pytest.raises(PluginError, match=r"hook: took longer than 0\.05 s"):
+        with_time_limit(explode, 0.05, "hook")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("\x1b[31mred\x1b]0;title\x07", r"ValueError: \x1b[31mred\x1b]0;title\x07"),
+        ("half \ud800", r"ValueError: half \ud800"),
+        ("two\nlines\tand more", "ValueError: two lines and more"),
+        ("größer als 字", "ValueError: größer als 字"),
+    ],
+)
+def test_what_a_plugin_says_cannot_hurt_a_terminal(said: str, told: str) -> None:
+    assert one_line(ValueError(said)) == told
+
+
+def test_exception_that_cannot_be_told_is_named() -> None:
+    class Odd(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    assert one_line(Odd()) == "Odd"

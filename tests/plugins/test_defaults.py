@@ -101,13 +101,15 @@ def test_strip_that_is_fitted_into_a_grid_is_no_matter(
     ctx = dataclasses.replace(ctx, checkpoint=tmp_path)
     plugin = make_plugin()
     plugin.map_item(ctx, "image", picture(30, 20))
-    image = Image.new("RGB", (2, 100_000) if flip else (100_000, 2))
+    image = Image.new("RGB", (2, 60_000) if flip else (60_000, 2))
     tracemalloc.start()
     tensors = plugin.map_item(ctx, "image", image)
     assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
     tracemalloc.stop()
     assert tensors["pixel_values"].shape == (3, 3, 16, 16)  # whole, and the smaller grid
     assert tensors["image_sizes"].tolist() == [image.height, image.width]
+    with pytest.raises(RequestError, match="too elongated .*: [0-9]+x[0-9]+ pixels"):
+        plugin.map_item(ctx, "image", Image.new("RGB", (1, 65_536) if flip else (65_536, 1)))
 
 
 def test_large_image_that_only_shrinks_is_no_matter(

@@ -26,14 +26,69 @@ HOOK_TIMEOUT = 1.5  # seconds
 #: The width of an image in pixels -> where a statement is put in, its code, what is blamed, why.
 FAULTS = {
     51: ("input_processor", "time.sleep(4)", "input_processor", "took longer than 1.5 s"),
-    52: ("input_processor", "raise SystemExit(3)", "input_processor", "raised SystemExit: 3"),
+    52: ("input_processor", "raise SystemExit(3)", "input_processor", "raised SystemExit."),
     53: ("input_processor", "counts[0] -= 1", "embed_images", "expected shape [15, 64] for"),
-    54: ("to_tensors", "raise KeyboardInterrupt", "register_input_mapper", "raised KeyboardInte"),
+    54: (
+        "to_tensors",
+        "raise KeyboardInterrupt",
+        "register_input_mapper",
+        "raised KeyboardInterrupt.",
+    ),
     55: ("to_tensors", "time.sleep(4)", "register_input_mapper", "took longer than 1.5 s"),
     56: ("to_tensors", "image.thumbnail((9, 9))", "register_input_mapper", "got it modified"),
     57: ("embed_images", "rows[0] = rows[0] * float('nan')", "embed_images", "got NaN or inf"),
-    58: ("embed_images", "raise SystemExit(3)", "embed_images", "raised SystemExit: 3"),
-    59: ("embed_images", "raise KeyboardInterrupt", "embed_images", "raised KeyboardInterrupt"),
+    58: ("embed_images", "raise SystemExit(3)", "embed_images", "raised SystemExit."),
+    59: ("embed_images", "raise KeyboardInterrupt", "embed_images", "raised KeyboardInterrupt."),
+    61: (
+        "to_tensors",
+        "raise ValueError('/root/secret hunter2')",
+        "register_input_mapper",
+        "raised ValueError.",
+    ),
+    62: (
+        "embed_images",
+        "raise ValueError('/root/secret hunter2')",
+        "embed_images",
+        "raised ValueError.",
+    ),
+    63: (
+        "input_processor",
+        "inputs.mapped['image'][0]['pixel_values'].numpy()[:] = 0",
+        "input_processor",
+        "expected the given inputs unchanged",
+    ),
+    64: (
+        "input_processor",
+        "inputs.mapped['image'][0]['pixel_values'].data.neg_()",
+        "input_processor",
+        "expected the given inputs unchanged",
+    ),
+    65: (
+        "to_tensors",
+        "ctx.hf_config.image_token_index = 5",
+        "register_input_mapper",
+        "expected ctx.hf_config unchanged, got another image_token_index",
+    ),
+    66: (
+        "input_processor",
+        "ctx.hf_config.text_config.vocab_size = 5",
+        "input_processor",
+        "expected ctx.hf_config unchanged, got another vocab_size",
+    ),
+    67: ("to_tensors", "ctx.limits['image'] = 0", "register_input_mapper", "raised TypeError."),
+    68: ("input_processor", "counts[0] = 10**9", "input_processor", "raised ValueError."),
+    69: (
+        "embed_images",
+        "rows[0] = rows[0].to_sparse()",
+        "embed_images",
+        "expected a dense tensor",
+    ),
+    70: (
+        "to_tensors",
+        "raise type('Odd', (Exception,), {'__str__': lambda self: 1 / 0})",
+        "register_input_mapper",
+        "raised Odd.",
+    ),
     60: ("embed_images", "rows[0] = rows[0][:, 1:]", "embed_images", "got [16, 63]"),
 }
 WIDTHS = {
@@ -133,6 +188,8 @@ def test_a_fault_costs_its_request_only(
     assert faulty.http.get("/health").status_code == 200
     assert all(psutil.pid_exists(pid) for pid in faulty.children)
     assert "Traceback" not in faulty.output
+    assert failed.json()["error"]["message"] in faulty.output, "the operator is told, too"
+    assert "hunter2" not in failed.text + faulty.output
 
 
 def test_a_model_that_exits_costs_its_request_only(faulty: ServerProcess, alone: list[str]) -> None:
@@ -143,7 +200,7 @@ def test_a_model_that_exits_costs_its_request_only(faulty: ServerProcess, alone:
         )
         failed = threads.submit(ask, faulty, 30, text="@@@@@").result()
         assert answer(neighbour.result()) == alone[1]
-    assert_one_500(failed, "forward", "raised SystemExit: 3")
+    assert_one_500(failed, "forward", "raised SystemExit.")
     assert answer(ask(faulty, 30, max_tokens=150)) == alone[0]
 
 

@@ -93,6 +93,17 @@ def serve(
             rich_help_panel=options.MODEL_PANEL,
         ),
     ] = 30.0,
+    step_timeout: Annotated[
+        float,
+        typer.Option(
+            min=1.0,
+            max=86400.0,
+            metavar="SECONDS",
+            help="How long one step of the engine may take, a model's encoder included; an engine "
+            "that takes longer is stuck, and the server ends.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = 300.0,
     seed: options.Seed = 0,
     max_num_seqs: Annotated[
         int,
@@ -189,6 +200,7 @@ def serve(
         limit_mm_per_prompt=options.parse_limits(limit_mm_per_prompt),
         plugins=tuple(plugin or ()),
         hook_timeout=hook_timeout,
+        step_timeout=step_timeout,
     )
     names = tuple(served_model_name or ()) or model_names(name)
     settings = ServerSettings(

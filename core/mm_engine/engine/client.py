@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -38,6 +39,7 @@ from mm_engine.request import Request
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2  # how often the process is looked at
+PING_SECONDS = 2.0  # how often an engine that is at work is asked for a sign of life
 SHUTDOWN_SECONDS = 5.0  # how long it may take to end when asked
 MAX_ADDRESS = 100  # bytes; the system's limit for a socket's path is 104 to 108
 
@@ -47,9 +49,10 @@ class EngineClient:
 
     info: EngineInfo
 
-    def __init__(self, max_kept_bytes: int = 0) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         #: Items whose tensors the process has.
-        self.sent = SentTensors(max_kept_bytes)
+        self.sent = SentTensors(config.mm_processor_cache_memory)
+        self._step_timeout = config.step_timeout
         self._folder = _new_folder()
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket = self._context.socket(zmq.PAIR)
@@ -58,7 +61,7 @@ class EngineClient:
         self._socket.bind(address)
         self._process = _spawn(address)
         self._answers: dict[str, asyncio.Queue[RequestOutput | None]] = {}  # None: it is dead
-        self._stats: deque[asyncio.Future[EngineStats]] = deque()
+        self._stats: deque[tuple[float, asyncio.Future[EngineStats]]] = deque()  # since, for whom
         self._death: str | None = None  # how the engine ended
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -73,7 +76,7 @@ class EngineClient:
         Raises:
             StartupError, PluginError: it can't start as asked; nothing is left behind.
         """
-        client = cls(config.mm_processor_cache_memory)
+        client = cls(config)
         try:
             client.info = await client._shake_hands(config, profile_request, plugin)
         except BaseException:
@@ -137,10 +140,13 @@ class EngineClient:
         """
         if self._death is not None:
             raise self._dead()
+        return await self._ask_stats()
+
+    def _ask_stats(self) -> asyncio.Future[EngineStats]:
         future: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
-        self._stats.append(future)
+        self._stats.append((time.monotonic(), future))
         self._send(wire.StatsRequest())
-        return await future
+        return future
 
     async def close(self) -> None:
         """End the process: ask, wait, kill. What is still being answered gets `EngineDead`."""
@@ -210,13 +216,28 @@ class EngineClient:
                 if answer is not None:  # else the caller left before it knew
                     answer.put_nowait(output)
         elif isinstance(message, wire.Stats):
-            future = self._stats.popleft()
+            _, future = self._stats.popleft()
             if not future.done():
                 future.set_result(message.stats)
 
     async def _watch(self) -> None:
+        pinged = 0.0
         while self._process.poll() is None:
             await asyncio.sleep(POLL_SECONDS)
+            now = time.monotonic()
+            # It answers between steps, so the oldest question tells how long a step has taken.
+            if self._stats and now - self._stats[0][0] > self._step_timeout:
+                logger.error(
+                    "the engine is stuck: a step takes longer than %g s (--step-timeout). It is "
+                    "killed.",
+                    self._step_timeout,
+                )
+                self._process.kill()
+                self._die(f"a step took longer than {self._step_timeout:g} s")
+                return
+            if self._answers and not self._stats and now - pinged > PING_SECONDS:
+                self._ask_stats()
+                pinged = now
         await asyncio.sleep(POLL_SECONDS)  # for what it sent before
         self._die(self._how_it_ended())
 
@@ -227,9 +248,10 @@ class EngineClient:
         self._death = how
         for answer in self._answers.values():
             answer.put_nowait(None)
-        for future in self._stats:
+        for _, future in self._stats:
             if not future.done():
                 future.set_exception(self._dead())
+                future.exception()  # perhaps nobody waits for it: a ping
         self._stats.clear()
 
     def _dead(self) -> EngineDead:

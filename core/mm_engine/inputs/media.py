@@ -67,6 +67,7 @@ class MediaLimits:
     max_images: int = 8
     max_bytes: int = 10 * 2**20  # of one image, encoded
     max_pixels: int = 32_000_000  # of one image, by its header
+    max_side: int = 65_535  # pixels, by its header; as long as a JPEG can be
     max_total_pixels: int = 64_000_000  # of all images of a request, by their headers
 
 
@@ -187,6 +188,12 @@ def _inspect(encoded: bytes, limits: MediaLimits, param: str) -> Header:
             param,
             f"the image is too large: {header.width} × {header.height} pixels. An image may have"
             f" {limits.max_pixels} pixels: scale it down.",
+        )
+    if max(header.width, header.height) > limits.max_side:
+        raise _bad(
+            param,
+            f"the image is too long: {header.width} × {header.height} pixels. A side may have"
+            f" {limits.max_side} pixels: scale it down.",
         )
     return header
 

@@ -6,6 +6,7 @@ import functools
 import inspect
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from mm_engine.errors import PluginError
 T = TypeVar("T")
 
 MAX_CAUSE_LENGTH = 300  # characters of a foreign exception's message that ours repeats
+MAX_LATE = 1.0  # seconds after the limit in which an answer still counts: a busy machine
 MAX_HANGING_CALLS = 32  # given up on and still running; each holds a thread
 
 _hanging: set[threading.Thread] = set()
@@ -32,7 +34,7 @@ def with_time_limit(call: Callable[[], T], seconds: float | None, what: str) -> 
     """
     if seconds is None:
         return call()
-    if num_hanging_calls() >= MAX_HANGING_CALLS:
+    if no_more_calls():
         fact = f"not called, as {MAX_HANGING_CALLS} calls before it were given up on and still run"
         raise PluginError(f"{what}: {fact}. Restart the server.")
     outcome: list[T] = []
@@ -45,15 +47,24 @@ def with_time_limit(call: Callable[[], T], seconds: float | None, what: str) -> 
             failure.append(error)
 
     thread = threading.Thread(target=run, name=f"hook: {what}", daemon=True)
+    start = time.monotonic()
     thread.start()
     thread.join(seconds)
     if failure:
         raise failure[0]
-    if not outcome:
-        with _hanging_lock:
-            _hanging.add(thread)
+    # One that never lets go of the interpreter keeps this thread from waking in time.
+    late = time.monotonic() - start > seconds + MAX_LATE
+    if not outcome or late:
+        if thread.is_alive():
+            with _hanging_lock:
+                _hanging.add(thread)
         raise PluginError(f"{what}: took longer than {seconds:g} s.")
     return outcome[0]
+
+
+def no_more_calls() -> bool:
+    """Whether so many calls hang that no others are made: the process should be restarted."""
+    return num_hanging_calls() >= MAX_HANGING_CALLS
 
 
 def num_hanging_calls() -> int:
@@ -77,7 +88,12 @@ def may_be_the_users(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """Return `Type: message`, on one line and shortened."""
-    message = " ".join(str(error).split())
+    try:
+        message = " ".join(str(error).split())
+    except Exception:  # its own __str__ fails
+        return type(error).__name__
+    # A terminal or an encoder must not choke on what a plugin says.
+    message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     if len(message) > MAX_CAUSE_LENGTH:
         message = message[: MAX_CAUSE_LENGTH - 1] + "…"
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -51,6 +51,18 @@ def equal_items(given: object, original: object) -> bool:
     return ImageChops.difference(given, original).getbbox() is None
 
 
+def copies_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return an item's tensors as copies, for a hook to have."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def equal_tensors(given: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> bool:
+    """Say whether a hook left the copies that it was given as they were."""
+    return given.keys() == originals.keys() and all(
+        torch.equal(given[name], tensor) for name, tensor in originals.items()
+    )
+
+
 def fingerprint(inputs: PromptInputs) -> Hashable:
     """Return a value that changes when a processor changes what it was given."""
     tensors = (

@@ -18,6 +18,7 @@ from mm_engine.plugins.dummy import dummy_prompt
 from mm_engine.plugins.placeholders import expand_placeholders, image_token, placeholder_token_id
 from mm_engine.request import PromptInputs
 
+MAX_SIDE = 65_535  # pixels; one that is longer costs a resize gigabytes, whatever comes of it
 MAX_RESIZED_PIXELS = 32 * 2**20  # what resizing or padding may blow a small image up to
 FALLBACK_SIZE = 336  # pixels; of the dummy image, for image processors that name no size
 
@@ -129,10 +130,10 @@ def _check_shape(image: Image.Image, processor: Any) -> None:
     take gigabytes. A processor with `image_grid_pinpoints` fits every image into one of these
     sizes, whatever its shape.
     """
-    if getattr(processor, "image_grid_pinpoints", None):
-        return
     short, long = sorted(image.size)
-    if short >= 1:
+    if getattr(processor, "image_grid_pinpoints", None) and long <= MAX_SIDE:
+        return
+    if short >= 1 and long <= MAX_SIDE:
         if getattr(processor, "do_pad", False):
             num_pixels, short = long * long, long
         else:

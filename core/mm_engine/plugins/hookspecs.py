@@ -2,7 +2,7 @@
 
 `ctx` is the `ModelContext` of the model being served. Implement `model_class` and `max_tokens`;
 every other hook has a default that serves models with one size of image. A hook may leave out the
-arguments that it doesn't need.
+arguments that it doesn't need. `ctx` and all in it serve every request: no hook may write to them.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from mm_engine.config import ModelContext
 from mm_engine.errors import RequestError, StartupError
 from mm_engine.request import PlaceholderRange, PromptInputs
 
+MAX_COUNT = 2**20  # tokens of one item; a list of more would take the memory before it is refused
+
 
 def placeholder_token_id(ctx: ModelContext) -> int:
     """Return the id of the token that stands for an image.
@@ -67,14 +69,15 @@ def expand_placeholders(
 
     Raises:
         RequestError: the prompt doesn't have one placeholder for each item.
-        ValueError: a count is below 1, or `counts` has more than one modality.
+        ValueError: a count is below 1 or beyond all reason (2**20), or `counts` has more than one
+            modality.
     """
     by_modality = dict(counts) if isinstance(counts, Mapping) else {"image": counts}
     if len(by_modality) != 1:
         raise ValueError(f"expected the counts of one modality, got {sorted(by_modality)}")
     ((modality, lengths),) = by_modality.items()
-    if any(length < 1 for length in lengths):
-        raise ValueError(f"expected counts of at least 1, got {list(lengths)}")
+    if any(not 1 <= length <= MAX_COUNT for length in lengths):
+        raise ValueError(f"expected counts of 1 to {MAX_COUNT}, got {list(lengths)}")
     ids = inputs.prompt_token_ids or ()
     num_found = ids.count(token_id)
     if num_found == len(lengths):

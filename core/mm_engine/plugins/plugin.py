@@ -22,12 +22,15 @@ from mm_engine.plugins.blame import (
     with_time_limit,
 )
 from mm_engine.plugins.checks import (
+    copies_of,
     copy_of,
     equal_items,
+    equal_tensors,
     fault_of_mapped,
     fault_of_processed,
     fingerprint,
 )
+from mm_engine.plugins.config_watch import ConfigWatch
 from mm_engine.plugins.hookspecs import Mapper
 from mm_engine.plugins.placeholders import image_token, placeholder_token_id
 from mm_engine.plugins.record import PluginRecord
@@ -73,6 +76,7 @@ class Plugin:
             if (found := getattr(self._manager.hook, name).get_hookimpls())
         }
         self._ctx: ModelContext | None = None
+        self._config: ConfigWatch | None = None
         self._model_class: type[nn.Module] | None = None
         self._mappers: dict[str, Mapper] = {}
         self._max_tokens: dict[str, int] = {}
@@ -142,7 +146,7 @@ class Plugin:
         place = "mm-engine's default" if ours else place_of(mapper)
         given = item if ours else copy_of(item)
         tensors = self._guard(hook, mapper, lambda: mapper(ctx, given), self._line(hook, place))
-        fault = fault_of_mapped(tensors)
+        fault = fault_of_mapped(tensors) or self._changed_config()
         if fault is None and not equal_items(given, item):
             fault = f"expected the given {modality} unchanged, got it modified"
         keys = self._keys.setdefault(modality, frozenset(tensors)) if fault is None else None
@@ -163,10 +167,13 @@ class Plugin:
         """
         hook = "input_processor"
         own = hook in self._functions and any(inputs.mapped.values())
-        originals = inputs.multi_modal_data
+        originals, mapped = inputs.multi_modal_data, inputs.mapped
         if own:
-            data = {name: tuple(map(copy_of, items)) for name, items in originals.items()}
-            inputs = dataclasses.replace(inputs, multi_modal_data=data)
+            inputs = dataclasses.replace(
+                inputs,
+                multi_modal_data={n: tuple(map(copy_of, items)) for n, items in originals.items()},
+                mapped={n: tuple(map(copies_of, items)) for n, items in mapped.items()},
+            )
         before = fingerprint(inputs)
         # Without items there is nothing to expand: a placeholder left in the text is the
         # caller's fault, which the default says; the hook is for prompts with items.
@@ -185,9 +192,18 @@ class Plugin:
             for name, items in inputs.multi_modal_data.items()
             for given, item in zip(items, originals[name], strict=True)
         )
+        # What is written through numpy or `.data` shows in the numbers alone.
+        if own and same:
+            same = all(
+                equal_tensors(given, item)
+                for name, items in inputs.mapped.items()
+                for given, item in zip(items, mapped[name], strict=True)
+            )
         if not same:
             raise self.blame(hook, "expected the given inputs unchanged, got them modified")
-        fault = fault_of_processed(inputs, result, lambda modality: self.max_tokens(ctx, modality))
+        fault = self._changed_config() or fault_of_processed(
+            inputs, result, lambda modality: self.max_tokens(ctx, modality)
+        )
         if fault is not None:
             raise self.blame(hook, fault)
         return result
@@ -230,6 +246,13 @@ class Plugin:
             fact = f"expected a text with 1 token {image_token(ctx)}, got {num_found} of it"
             raise self.blame("placeholder_text", fact)
 
+    def _changed_config(self) -> str | None:
+        """Say what a hook wrote to the config, which is every request's; it is undone."""
+        changed = self._config.restore() if self._config is not None else None
+        if changed is None:
+            return None
+        return f"expected ctx.hf_config unchanged, got another {changed}"
+
     def _mapper(self, ctx: ModelContext, modality: str) -> Mapper:
         self._prepare(ctx)
         if modality not in self._mappers:
@@ -254,6 +277,7 @@ class Plugin:
             self._call("register_input_mapper", ctx=ctx, register=add)
         self._max_tokens, self._placeholder_texts, self._keys = {}, {}, {}
         self._mappers, self._ctx = mappers, ctx
+        self._config = ConfigWatch(ctx.hf_config)
 
     def _call(self, hook: str, **arguments: Any) -> Any:
         function = self._functions[hook]

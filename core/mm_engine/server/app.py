@@ -11,7 +11,8 @@ from fastapi import FastAPI, Response
 from pydantic import BaseModel
 from starlette.middleware import Middleware
 
-from mm_engine.errors import RequestError
+from mm_engine.errors import EngineDead, RequestError
+from mm_engine.plugins.blame import no_more_calls
 from mm_engine.server.access_log import AccessLog
 from mm_engine.server.chat import open_chat
 from mm_engine.server.completions import open_completion
@@ -124,8 +125,13 @@ def _add_information_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", responses={503: {"model": ErrorBody}})
     async def health() -> Health:
-        """Whether requests are taken: 503 if the engine is gone or the server shuts down."""
+        """Whether requests are taken: 503 if the engine is gone, plugins hang or it shuts down."""
         service.check_ready()
+        if no_more_calls():
+            raise EngineDead(
+                "too many calls of the plugin's hooks were given up on and still run. "
+                "Restart the server."
+            )
         return Health(status="ok")
 
     @app.get("/version", responses=key_errors)

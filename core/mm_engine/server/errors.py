@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import PurePath
@@ -15,10 +16,12 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mm_engine.errors import MMEngineError, Overloaded, RequestError
+from mm_engine.errors import MMEngineError, Overloaded, PluginError, RequestError
 
 logger = logging.getLogger(__name__)
 
+#: The message of the exception that a plugin raised, behind its class.
+_FOREIGN = re.compile(r"(\braised \w+): .*", re.DOTALL)
 INTERNAL = "internal error. The server's log has the place."
 _UNKNOWN_ROUTE = "no such route. See /openapi.json for those that exist."
 
@@ -42,6 +45,12 @@ def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and body for any exception; one that isn't ours is logged and stays unnamed."""
     if isinstance(error, RequestError):
         return error.status, error_body(str(error), error.kind, param=error.param, code=error.code)
+    if isinstance(error, PluginError):
+        # What an exception of the plugin's says may be anything: a path, a prompt, a secret.
+        told = _FOREIGN.sub(r"\1.", str(error))
+        logger.error("%s", told)
+        logger.debug("In full: %s", error)
+        return error.status, error_body(told, error.kind)
     if isinstance(error, MMEngineError):
         return error.status, error_body(str(error), error.kind)
     logger.error("internal error: %s", place_of(error))

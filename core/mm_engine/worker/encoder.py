@@ -114,6 +114,10 @@ class Encoder:
         what = f"{item.modality} {item.placeholder.item}"
         if not isinstance(rows, Tensor):
             raise self.plugin.blame(method, f"expected a tensor for {what}, got {kind_of(rows)}")
+        if rows.layout != torch.strided:
+            raise self.plugin.blame(
+                method, f"expected a dense tensor for {what}, got layout {rows.layout}"
+            )
         if list(rows.shape) != wanted:
             own = "input_processor" in self.plugin.hooks
             counted = f"{wanted[0]} placeholder tokens, by "

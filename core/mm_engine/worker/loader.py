@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def open_model(config: EngineConfig, record: PluginRecord | None = None) -> Open
         tokenizer=tokenizer,
         dtype=pick_dtype(config, hf_config),
         max_model_len=pick_max_model_len(config, hf_config),
-        limits={**DEFAULT_LIMITS, **config.limit_mm_per_prompt},
+        limits=MappingProxyType({**DEFAULT_LIMITS, **config.limit_mm_per_prompt}),
         architecture=architecture,
     )
     eos = checkpoint.read_eos_token_ids(path, hf_config, tokenizer)
