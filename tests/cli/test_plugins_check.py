@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -64,6 +65,59 @@ def test_ctrl_c_ends_it_while_a_model_computes(tmp_path: Path, llava: Path) -> N
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert stdout == b""
+
+
+def test_plugin_that_ends_the_interpreter_is_a_failure_that_names_it(tmp_path: Path) -> None:
+    file = tmp_path / "ends.py"
+    file.write_text("import os; os._exit(0)")
+    line = "the plugin {} ended the interpreter with exit code 0{}. Repair it."
+    done = engine("plugins", "check", str(file), "-m", "llava-demo", "--json")
+    assert done.returncode == 1
+    expected = line.format(file, " during the check hooks-fit")
+    assert json.loads(done.stdout) == {"error": expected}
+    assert done.stderr == f"error: {expected}\n"
+    done = engine("plugins", "trace", "llava-demo", "--plugin", str(file), "--json")
+    assert done.returncode == 1
+    version = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    assert json.loads(done.stdout) == {"error": line.format(f"ends.py sha256:{version}", "")}
+
+
+def test_mapper_that_computes_for_ever_does_not_abort_the_command(tmp_path: Path) -> None:
+    file = tmp_path / "endless.py"
+    file.write_text(
+        "from mm_llava.plugin import *\nimport torch\n"
+        "def loop(ctx, item):\n"
+        "    while True: a = torch.randn(512, 512); (a @ a).softmax(0)\n"
+        "@hookimpl\ndef register_input_mapper(ctx, register): register('image', loop)\n"
+    )
+    done = engine("plugins", "check", str(file), "-m", "llava-demo", "--only", "mapper-keys")
+    assert done.returncode == 1, done.stderr
+    assert "took longer than 10 s" in done.stdout
+    assert "terminate called" not in done.stderr
+
+
+def test_raw_prints_of_a_plugin_go_to_stderr(tmp_path: Path) -> None:
+    file = tmp_path / "noisy.py"
+    file.write_text(
+        "from mm_llava.plugin import *\nimport os, subprocess\n"
+        "print('noise'); os.write(1, b'noise'); subprocess.run(['echo', 'noise'])\n"
+        "os.fork()\n"
+    )
+    done = engine(
+        "plugins", "check", str(file), "-m", "llava-demo", "--json", "--only", "hooks-fit"
+    )
+    assert json.loads(done.stdout)["passed"] is True
+    done = engine("plugins", "trace", "llava-demo", "--plugin", str(file), "--json")
+    assert json.loads(done.stdout)["error"] is None
+
+
+def test_refusals_are_json_too(tmp_path: Path) -> None:
+    done = engine("plugins", "check", "mm-nothing", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"].startswith("no such plugin is installed: mm-nothing. ")
+    done = engine("plugins", "trace", str(tmp_path), "--json")
+    assert done.returncode == 1
+    assert "config.json" in json.loads(done.stdout)["error"]
 
 
 def test_unknown_plugin_exits_with_2() -> None:

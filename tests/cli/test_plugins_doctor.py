@@ -71,6 +71,16 @@ def write_imports(folder: Path, sources: Path) -> None:
     write_plugin(folder, "mm-test-noisy", f"import os; print('noise'); os.write(1, b'x')\n{HOOKS}")
     write_plugin(folder, "mm-test-misspelt", HOOKS.replace("max_tokens", "max_token"))
     write_plugin(folder, "mm-test-lacks", HOOKS.replace("@hookimpl\ndef max", "def max"))
+    write_plugin(folder, "mm-test-forks", f"import os\nos.fork()\n{HOOKS}")
+    write_plugin(
+        folder,
+        "mm-test-garbles",
+        """
+        import contextlib, os
+        for descriptor in range(3, 99):
+            with contextlib.suppress(OSError): os.write(descriptor, b"nonsense\\n")
+        """,
+    )
     source = sources / "edited"
     write_plugin(folder, "mm-test-edited", HOOKS.replace("ctx, modality", "ctx, x"), source=source)
     (source / "pyproject.toml").write_text(
@@ -84,6 +94,7 @@ def write_metadata(folder: Path) -> None:
     write_plugin(folder, "mm-test-older", requires=["mm-engine<0.1"])
     write_plugin(folder, "mm-test-newer", requires=["mm-engine>=99,<100"])
     write_plugin(folder, "mm-test-needs", "import no_such", requires=["rich>=999", "no-such>=1"])
+    write_plugin(folder, "mm-test-vision", "import cv2", requires=["no-opencv-python"])
     write_plugin(folder, "mm-test-wrong", requires=["this is no requirement"])
     write_plugin(folder, "mm-test-owner-a", plugins={"Owned": "mm_test_owner_a"})
     write_plugin(folder, "mm-test-owner-b", plugins={"Owned": "mm_test_owner_b"})
@@ -102,6 +113,14 @@ def write_metadata(folder: Path) -> None:
     (write_plugin(folder, "mm-test-binary") / "METADATA").write_bytes(b"Name: \xff\xfe\n")
     info = write_plugin(folder, "mm-test-points")
     (info / "entry_points.txt").write_text("[mm_engine.plugins\nX = mm_test_points\n")
+    write_plugin(folder, "mm-test-renamed").rename(folder / "other-0.1.0.dist-info")
+    write_plugin(folder, "mm-test-version", version="not.a.version!")
+    (folder / "mm_test_empty-0.1.dist-info").mkdir()
+    (write_plugin(folder, "mm-test-record") / "RECORD").write_text("a,b\n")
+    (write_plugin(folder, "mm-test-unlisted") / "RECORD").write_text("")
+    info = write_plugin(folder, "mm-test-egg", "x = 1\nraise RuntimeError('no luck')\n")
+    (info / "METADATA").rename(info / "PKG-INFO")
+    info.rename(folder / "mm_test_egg-0.1.0.egg-info")
     info = write_plugin(folder, "mm-test-cut", requires=["mm-engine"], record=True)
     (info / "entry_points.txt").write_text("")
 
@@ -135,11 +154,17 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 FINDINGS = {
     "raises": ("import-error", "raised RuntimeError: no luck", "pip install --upgrade {name}"),
-    "library": ("import-error", "No module named 'no_such_library'", "pip install no-such-library"),
+    "library": (
+        "import-error",
+        "No module named 'no_such_library'; its dependencies must name what brings that module",
+        "pip install --upgrade {name}",
+    ),
     "exits": ("import-error", "raised SystemExit: 3", "pip install --upgrade {name}"),
     "dies": ("dies", "ended the interpreter with exit code 7", "pip install --upgrade {name}"),
     "crashes": ("dies", "ended the interpreter by SIGSEGV", "pip install --upgrade {name}"),
-    "hangs": ("hangs", f"takes longer than {TIMEOUT} s", "pip install --upgrade {name}"),
+    "hangs": ("hangs", f"takes longer than {TIMEOUT} s", "engine plugins doctor --timeout 40"),
+    "garbles": ("dies", "ended the interpreter with exit code 0", "pip install --upgrade {name}"),
+    "egg": ("import-error", "raised RuntimeError: no luck", "pip install --upgrade {name}"),
     "misspelt": (
         "hooks",
         "max_token (mm_test_misspelt.py:6): marked with @hookimpl, but there is no such hook. "
@@ -157,9 +182,8 @@ FINDINGS = {
     ),
     "owner-b": (
         "two-owners",
-        "it claims Owned, and so does mm-test-owner-a 0.1.0; keep one, or choose at each start "
-        "with --plugin Owned=mm-test-owner-a",
-        "pip uninstall -y {name}",
+        "it claims Owned, and so does mm-test-owner-a 0.1.0; keep one, or choose at each start",
+        "engine serve MODEL --plugin Owned=mm-test-owner-a  # or =mm-test-owner-b",
     ),
     "twice": (
         "duplicate-metadata",
@@ -200,6 +224,31 @@ FINDINGS = {
     "binary": (
         "damaged-metadata",
         "METADATA can't be read (UnicodeDecodeError)",
+        "pip install --force-reinstall --no-deps {name}",
+    ),
+    "renamed": (
+        "damaged-metadata",
+        "METADATA names another distribution than its folder: mm-test-renamed in {folder}/other",
+        "pip install --force-reinstall --no-deps {name}",
+    ),
+    "version": (
+        "damaged-metadata",
+        "METADATA has a version that is none: 'not.a.version!'",
+        "pip install --force-reinstall --no-deps {name}",
+    ),
+    "empty": (
+        "damaged-metadata",
+        "METADATA can't be read (FileNotFoundError)",
+        "pip install --force-reinstall --no-deps {name}",
+    ),
+    "record": (
+        "damaged-metadata",
+        "RECORD can't be read (a row has other columns than path, hash and size)",
+        "pip install --force-reinstall --no-deps {name}",
+    ),
+    "unlisted": (
+        "damaged-metadata",
+        "RECORD can't be read (it doesn't list METADATA)",
         "pip install --force-reinstall --no-deps {name}",
     ),
     "points": (
@@ -246,9 +295,16 @@ def test_each_requirement_that_is_not_met_is_told_once(environment: Environment)
         ("requirement", f"it needs rich>=999, and {rich} is installed", "pip install 'rich>=999'"),
         ("requirement", "it needs no-such>=1, which isn't installed", "pip install 'no-such>=1'"),
     ]
+    assert environment.of("mm-test-vision") == [
+        (
+            "requirement",
+            "it needs no-opencv-python, which isn't installed",
+            "pip install no-opencv-python",
+        )
+    ]
 
 
-@pytest.mark.parametrize("short", ["good", "noisy", "same", "owner-a"])
+@pytest.mark.parametrize("short", ["good", "noisy", "same", "owner-a", "forks"])
 def test_sound_plugins_beside_them_are_left_alone(environment: Environment, short: str) -> None:
     assert environment.of(f"mm-test-{short}") == []
     assert f"mm-test-{short} 0.1.0" in environment.report["plugins"]
@@ -299,19 +355,48 @@ def test_all_well_is_one_line_and_exit_code_0_and_a_broken_one_is_one_more(tmp_p
     (line,) = done.stdout.splitlines()
     assert line == (
         "✗ mm-test-bad 0.1.0: can't be imported: mm_test_bad raised ModuleNotFoundError: "
-        "No module named 'no_such_library'. Run: pip install no-such-library"
+        "No module named 'no_such_library'; its dependencies must name what brings that module. "
+        "Run: pip install --upgrade mm-test-bad"
     )
 
 
-def test_entry_points_that_break_everything_are_found_whosever_they_are(tmp_path: Path) -> None:
-    """Python reads all distributions' entry points at once: torch's import fails of one line."""
+@pytest.mark.parametrize("points", [b"[console_scripts]\nno equals sign\n", b"[x]\ny = \xff\n"])
+def test_entry_points_that_cannot_be_parsed_harm_nobody_else(tmp_path: Path, points: bytes) -> None:
+    """Python reads all distributions' entry points at once, when torch is imported too."""
     info = write_distribution(tmp_path, "some-other")
-    (info / "entry_points.txt").write_text("[console_scripts]\nno equals sign\n")
+    (info / "entry_points.txt").write_bytes(points)
     done = engine("plugins", "doctor", "--json", path=[tmp_path])
     assert (done.returncode, done.stderr) == (1, "")
-    found = {each["kind"]: each for each in json.loads(done.stdout)["findings"]}
-    other, ours = found["damaged-metadata"], found["engine-broken"]
-    assert "entry_points.txt can't be parsed" in other["problem"]
-    assert other["cure"] == "pip install --force-reinstall --no-deps some-other"
-    assert "mm-engine can't be imported in a new process: " in ours["problem"]
-    assert ours["cure"] == "engine plugins doctor"
+    (found,) = json.loads(done.stdout)["findings"]
+    assert found["kind"] == "damaged-metadata"
+    assert "entry_points.txt can't be parsed" in found["problem"]
+    assert found["cure"] == "pip install --force-reinstall --no-deps some-other"
+    done = engine("plugins", "list", "--json", path=[tmp_path])
+    assert {row["state"] for row in json.loads(done.stdout)} == {"ok"}
+    assert done.stderr.startswith("damaged: some-other 0.1.0 (entry_points.txt can't be parsed ")
+    done = engine("generate", "llava-demo", "--max-tokens", "1", path=[tmp_path])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("seconds", ["inf", "1e10", "nan", "86401"])
+def test_time_that_no_clock_takes_is_refused(seconds: str) -> None:
+    assert engine("plugins", "doctor", "--timeout", seconds).returncode == 2
+    assert engine("serve", "--hook-timeout", seconds).returncode == 2
+
+
+def test_engine_that_cannot_be_probed_is_json_too(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("raise RuntimeError('no luck')")
+    done = engine("plugins", "list", "--json", path=[tmp_path])
+    assert done.returncode == 1
+    assert "mm-engine can't be imported" in json.loads(done.stdout)["error"]
+
+
+def test_escape_sequences_of_a_plugin_are_shown_not_obeyed(tmp_path: Path) -> None:
+    write_plugin(tmp_path, "mm-test-colour", r"raise KeyError('\x1b[31m', '[/INST] \ud800')")
+    write_plugin(tmp_path, "mm-test-raw", r"raise ValueError('\x1b[31m [/INST] \ud800')")
+    for command in ("doctor", "list"):
+        done = engine("plugins", command, path=[tmp_path])
+        assert done.stderr == ""
+        assert "\x1b" not in done.stdout
+        assert r"\x1b[31m" in done.stdout and r"\ud800" in done.stdout
+        assert done.stdout.count("[/INST]") == 2

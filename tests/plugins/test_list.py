@@ -77,6 +77,16 @@ def test_table_names_the_plugin_and_its_state(install: Install) -> None:
     assert row.split() == ["mm-test", "0.3", "One", "model_class", "ok"]
 
 
+def test_what_a_plugin_raised_is_shown_whole(install: Install) -> None:
+    """A narrow table folds, and takes nothing for markup."""
+    source = f"raise KeyError('[/INST] {'word ' * 40}last')"
+    install("mm-test", "0.3", {"One": "mm_test_one"}, {"mm_test_one.py": source})
+    page = listed()
+    assert "[/INST]" in page
+    assert page.count("word") == 40 and "last'" in page
+    assert "…" not in page
+
+
 def test_nothing_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.path", [])
     assert listed("--json") == "[]\n"

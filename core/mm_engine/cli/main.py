@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -12,7 +13,10 @@ from mm_engine.cli.generate import generate
 from mm_engine.cli.plugins import app as plugins_app
 from mm_engine.cli.serve import serve
 from mm_engine.errors import MMEngineError
+from mm_engine.plugins.blame import num_hanging_calls
 from mm_engine.plugins.discovery import installed
+from mm_engine.plugins.printable import printable
+from mm_engine.plugins.tolerance import pass_over_damage
 
 app = typer.Typer(
     name="engine",
@@ -52,10 +56,24 @@ def engine(
 
 def main() -> None:
     """Run the command line; an error is one line on stderr and exit code 1."""
+    pass_over_damage()
     try:
         app()
     except MMEngineError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
+        typer.echo(f"error: {printable(' '.join(str(error).split()))}", err=True)
+        _exit(1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _exit(130)
+    except SystemExit as error:
+        if not isinstance(error.code, int | None):
+            raise
+        _exit(error.code or 0)
+
+
+def _exit(code: int) -> NoReturn:
+    """End the process; at once if calls that were given up on would crash in an orderly end."""
+    if num_hanging_calls():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from mm_engine.errors import StartupError
 
 MODEL_PANEL = "Model"
 MEMORY_PANEL = "Batching and memory"
+MAX_SECONDS = 86400.0  # of any limit of time: the system's clocks take no more for certain
 
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
@@ -71,6 +73,18 @@ KVCacheMemory = Annotated[
         rich_help_panel=MEMORY_PANEL,
     ),
 ]
+
+
+def a_number(value: float) -> float:
+    """Return what is no `nan`, which passes every bound.
+
+    Raises:
+        typer.BadParameter: it is one.
+    """
+    if math.isnan(value):
+        raise typer.BadParameter("nan is no number of seconds.")
+    return value
+
 
 _UNITS = {
     "": 1, "b": 1,

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import defaultdict
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from mm_engine.cli.contained import fail
 from mm_engine.cli.plugins_check import check
 from mm_engine.cli.plugins_doctor import doctor
 from mm_engine.cli.plugins_new import new
 from mm_engine.cli.plugins_trace import trace
+from mm_engine.errors import MMEngineError
 from mm_engine.plugins.discovery import installed
+from mm_engine.plugins.installation import installations
+from mm_engine.plugins.printable import printable, to_json
 from mm_engine.plugins.probe import probe
 from mm_engine.plugins.record import PluginRecord
 
@@ -30,7 +34,7 @@ app.command("trace")(trace)
 
 @app.callback()
 def plugins() -> None:
-    """The installed model plugins."""  # with a callback, the one command keeps its name
+    """The installed model plugins."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,22 +53,26 @@ def list_plugins(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
 ) -> None:
     """List the installed plugins: what they serve, the hooks they implement, their state."""
-    summaries = summarize(installed())
+    try:
+        summaries = summarize(installed())
+    except MMEngineError as error:
+        fail(str(error), as_json=as_json)
+    for each in installations():
+        if each.damage:
+            line = f"damaged: {each.label} ({each.damage[0]}). Run: engine plugins doctor"
+            typer.echo(printable(line), err=True)
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(summary) for summary in summaries], indent=2))
+        typer.echo(to_json([dataclasses.asdict(summary) for summary in summaries]))
         return
     if not summaries:
         typer.echo("No plugins are installed. Install the package that brings your model.")
         return
-    table = Table("distribution", "version", "architectures", "hooks", "state", box=None)
+    table = Table(box=None)
+    for name in ("distribution", "version", "architectures", "hooks", "state"):
+        table.add_column(name, overflow="fold")
     for row in summaries:
-        table.add_row(
-            row.distribution,
-            row.version,
-            "\n".join(row.architectures),
-            "\n".join(row.hooks),
-            row.state,
-        )
+        cells = (row.distribution, row.version, *map("\n".join, (row.architectures, row.hooks)))
+        table.add_row(*(Text(printable(cell)) for cell in (*cells, row.state)))
     Console().print(table)
 
 

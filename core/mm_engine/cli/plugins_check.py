@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, TextIO
 
 import typer
 
-from mm_engine.errors import StartupError
-
-if TYPE_CHECKING:
-    from mm_engine.testing import CheckReport
+from mm_engine.cli.contained import Announce, Show, contained
 
 
 def check(
@@ -49,35 +43,37 @@ def check(
 
     Where transformers knows the model, every stage is compared with it.
     [bold]engine plugins check mm-foo[/bold] needs no GPU and fetches nothing. Exit code 0: all
-    is well; 1: a check failed; 2: there is no such plugin or check.
+    is well; 1: a check failed, or the plugin ended the process it ran in; 2: there is no such
+    plugin or check.
     """
-    from rich.console import Console
-
-    try:
-        report = _checked(plugin, model, only or [])
-    except StartupError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        # A check still computes in its thread; Python's orderly end would crash in it.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(130)
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        report.render(Console(highlight=False))
-    raise typer.Exit(0 if report.passed else 1)
+    contained(
+        lambda announce: _checked(plugin, model, only or [], announce, as_json),
+        plugin,
+        as_json=as_json,
+        refused=2,
+    )
 
 
-def _checked(plugin: str, model: str | None, only: list[str]) -> CheckReport:
-    """Run the checks with a line about the one that runs; stdout is kept for the report."""
+def _checked(
+    plugin: str, model: str | None, only: list[str], announce: Announce, as_json: bool
+) -> tuple[int, Show]:
+    """Run the checks with a line about the one that runs."""
     from rich.console import Console
 
     from mm_engine.testing import check_plugin
 
-    console = Console(stderr=True)
-    with contextlib.redirect_stdout(sys.stderr), console.status("importing …") as status:
-        return check_plugin(
-            plugin, model, only=only, on_start=lambda name: status.update(f"checking {name} …")
-        )
+    with Console(stderr=True).status("importing …") as status:
+
+        def on_start(name: str) -> None:
+            announce(f"during the check {name}")
+            status.update(f"checking {name} …")
+
+        report = check_plugin(plugin, model, only=only, on_start=on_start)
+
+    def show(out: TextIO) -> None:
+        if as_json:
+            out.write(report.to_json() + "\n")
+        else:
+            report.render(Console(file=out, highlight=False))
+
+    return 0 if report.passed else 1, show

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from mm_engine.cli import options
+from mm_engine.cli.contained import fail
+from mm_engine.errors import MMEngineError
+from mm_engine.plugins.printable import printable, to_json
+
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
     timeout: Annotated[
         float,
-        typer.Option(min=0.1, metavar="SECONDS", help="How long a plugin's import may take."),
+        typer.Option(
+            min=0.1,
+            max=options.MAX_SECONDS,
+            callback=options.a_number,
+            metavar="SECONDS",
+            help="How long a plugin's import may take.",
+        ),
     ] = 30.0,
 ) -> None:
     """Examine the installed plugins; each thing that is wrong is one line, with its cure.
@@ -29,20 +39,27 @@ def doctor(
     """
     from mm_engine.plugins.doctor import diagnose
 
-    found = diagnose(timeout)
+    try:
+        found = diagnose(timeout)
+    except MMEngineError as error:
+        fail(str(error), as_json=as_json)
     if as_json:
         listed = [dataclasses.asdict(finding) for finding in found.findings]
         report = {"ok": not listed, "plugins": found.plugins, "findings": listed}
-        typer.echo(json.dumps(report, indent=2))
+        typer.echo(to_json(report))
         raise typer.Exit(1 if listed else 0)
     if not found.findings:
         plugins = ", ".join(found.plugins) or "no plugin is installed"
-        typer.echo(f"All well: {plugins}.")
+        typer.echo(f"All well: {printable(plugins)}.")
         return
     console = Console(highlight=False, soft_wrap=True)
     for finding in found.findings:
         console.print(
-            f"[red]✗[/red] [bold]{escape(finding.label)}[/bold]: {escape(finding.problem)}. "
-            f"Run: [green]{escape(finding.cure)}[/green]"
+            f"[red]✗[/red] [bold]{_safe(finding.label)}[/bold]: {_safe(finding.problem)}. "
+            f"Run: [green]{_safe(finding.cure)}[/green]"
         )
     raise typer.Exit(1)
+
+
+def _safe(text: str) -> str:
+    return escape(printable(text))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -13,10 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from mm_engine.cli import options
+from mm_engine.cli.contained import Announce, Show, contained
 from mm_engine.cli.model_choice import choose_model
 from mm_engine.cli.pictures import read_picture
+from mm_engine.plugins.printable import printable, to_json
 
 if TYPE_CHECKING:
+    from mm_engine.config import EngineConfig
     from mm_engine.testing.trace import TokenRow, Trace
 
 OWN_SIZE = (448, 336)  # pixels, width and height; not square, so that sides can't be swapped unseen
@@ -63,32 +65,50 @@ def trace(
     [bold]engine plugins trace ./checkpoint --image picture.png --run[/bold]
     """
     from mm_engine.config import EngineConfig
+
+    def work(announce: Announce) -> tuple[int, Show]:
+        name, remark = choose_model(model)
+        if remark:
+            typer.echo(remark, err=True)
+        config = EngineConfig(
+            model=name,
+            dtype=dtype,
+            device=device,
+            limit_mm_per_prompt={"image": len(image or ()) or 1},
+            plugins=tuple(plugin or ()),
+            progress=not as_json,
+        )
+        return _traced(config, prompt, image or [], run, announce, as_json)
+
+    contained(work, f"for {model or 'the demo'}", as_json=as_json)
+
+
+def _traced(
+    config: EngineConfig,
+    prompt: str,
+    images: list[Path],
+    run: bool,
+    announce: Announce,
+    as_json: bool,
+) -> tuple[int, Show]:
     from mm_engine.testing.trace import trace as trace_request
 
-    pictures = [read_picture(path) for path in image or ()] or [_own_picture()]
-    name, remark = choose_model(model)
-    if remark:
-        typer.echo(remark, err=True)
-    config = EngineConfig(
-        model=name,
-        dtype=dtype,
-        device=device,
-        limit_mm_per_prompt={"image": len(pictures)},
-        plugins=tuple(plugin or ()),
-        progress=not as_json,
+    pictures = [read_picture(path) for path in images] or [_own_picture()]
+    found = trace_request(
+        config, prompt, pictures, run=run, on_plugin=lambda label: announce(f"plugin: {label}")
     )
-    found = trace_request(config, prompt, pictures, run=run)
-    if as_json:
-        given = {"own_picture": not image, **dataclasses.asdict(found)}
-        typer.echo(json.dumps(given, indent=2, ensure_ascii=False))
-    else:
-        console = Console(highlight=False)
-        if not image:
+
+    def show(out: TextIO) -> None:
+        if as_json:
+            out.write(to_json({"own_picture": not images, **dataclasses.asdict(found)}) + "\n")
+            return
+        console = Console(file=out, highlight=False)
+        if not images:
             width, height = OWN_SIZE
             console.print(f"No --image was given: this is a picture of {width}×{height} pixels.")
         render(found, console)
-    if found.error is not None:
-        raise typer.Exit(1)
+
+    return 0 if found.error is None else 1, show
 
 
 def _own_picture() -> Any:
@@ -102,8 +122,8 @@ def _own_picture() -> Any:
 
 def render(found: Trace, console: Console) -> None:
     """Print a trace."""
-    console.print(f"[bold]{escape(found.model)}[/bold] ({escape(found.architecture)})", end="")
-    console.print(f" · plugin [bold]{escape(found.plugin)}[/bold]")
+    console.print(f"[bold]{_safe(found.model)}[/bold] ({_safe(found.architecture)})", end="")
+    console.print(f" · plugin [bold]{_safe(found.plugin)}[/bold]")
     for title, num_tokens, rows in (
         ("Before the input processor", found.num_before, found.before),
         ("After it", found.num_after, found.after),
@@ -121,7 +141,7 @@ def render(found: Trace, console: Console) -> None:
             f"First token: {found.run.token_id} {escape(repr(found.run.text))}."
         )
     if found.error is not None:
-        console.print(f"\n[bold red]Here it ended:[/bold red] {escape(found.error)}")
+        console.print(f"\n[bold red]Here it ended:[/bold red] {_safe(found.error)}")
 
 
 def _tokens(title: str, rows: list[TokenRow]) -> Table:
@@ -149,7 +169,7 @@ def _items(found: Trace) -> Table:
             f"{item.offset}–{item.offset + item.num_tokens - 1}",
             str(item.num_tokens),
             str(item.max_tokens),
-            escape(tensors),
+            _safe(tensors),
             f"{item.content_key[:12]}…",
         )
     return table
@@ -164,9 +184,13 @@ def _hooks(found: Trace) -> Table:
     for hook in found.hooks:
         again = "" if hook.again_seconds is None else _milliseconds(hook.again_seconds)
         first = _milliseconds(hook.first_seconds)
-        table.add_row(hook.hook, escape(hook.place), str(hook.num_calls), first, again)
+        table.add_row(hook.hook, _safe(hook.place), str(hook.num_calls), first, again)
     return table
 
 
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.2f}"
+
+
+def _safe(text: str) -> str:
+    return escape(printable(text))

@@ -29,6 +29,9 @@ def main(address: str, parent_pid: int, log_level: int) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("mm_engine").setLevel(log_level)
 
+    from mm_engine.plugins.tolerance import pass_over_damage
+
+    pass_over_damage()
     from mm_engine.engine.loop import run  # imports for seconds: after all of the above
 
     return run(address)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion, Version
 
 from mm_engine.errors import StartupError
+from mm_engine.plugins.blame import one_line
 from mm_engine.plugins.discovery import DEMO_GROUP, PLUGIN_GROUP, installed, normalized
 from mm_engine.plugins.installation import (
     CONFIG_GROUP,
@@ -21,11 +22,14 @@ from mm_engine.plugins.installation import (
     Installation,
     installations,
     package_folder,
+    recorded,
     spec_of,
 )
 from mm_engine.plugins.probe import ProbeResult, probe
 from mm_engine.plugins.record import PluginRecord
 from mm_engine.plugins.versions import unmet_range
+
+MAX_SECONDS = 86400.0  # for one plugin's import
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,30 +63,41 @@ def diagnose(seconds: float) -> Diagnosis:
     findings: list[Finding] = [*_duplicates(everything), *_two_owners(installed())]
     to_import: list[tuple[Installation, PluginRecord]] = []
     for each in first.values():
-        before = len(findings)
-        findings += _metadata(each)
-        findings += _editable(each) if each.source is not None else _files(each)
-        gone = any(finding.kind in ("source-gone", "files-gone") for finding in findings[before:])
-        findings += _requirements(each)
-        if gone or any(damage.startswith("METADATA") for damage in each.damage):
-            continue  # what it points to is gone, too, or can't be loaded
-        findings += _entry_points(each)
-        if unmet_range(each.name) is not None:
-            continue  # it isn't loaded, and the requirement is told of above
-        modules = {p.value: p for p in each.entry_points if p.group == PLUGIN_GROUP}
-        for point in modules.values():
-            if spec_of(point.value) is not None:
-                record = PluginRecord(each.name, each.version, point.value, point.name)
-                to_import.append((each, record))
+        try:
+            _examine(each, findings, to_import)
+        except Exception as error:  # whatever is wrong with one, the others are examined, too
+            problem = f"it can't be examined: {each.folder} ({one_line(error)})"
+            findings.append(_finding("damaged-metadata", each, problem, each.reinstall()))
     try:
         results = probe([record for _, record in to_import], seconds)
         for (each, record), result in zip(to_import, results, strict=True):
-            findings += _imported(each, record, result, findings)
+            findings += _imported(each, record, result, findings, seconds)
     except StartupError as error:  # nothing can be imported, and no plugin is served
-        findings.append(_engine_broken(error, findings))
+        findings.append(_engine_broken(error))
     plugins = tuple(sorted(each.label for each in first.values() if each.entry_points))
     findings.sort(key=lambda finding: normalized(finding.distribution))
     return Diagnosis(plugins, tuple(dict.fromkeys(findings)))
+
+
+def _examine(
+    each: Installation, findings: list[Finding], to_import: list[tuple[Installation, PluginRecord]]
+) -> None:
+    """Add what is wrong with one, and its modules with hooks where they can be imported."""
+    before = len(findings)
+    findings += _metadata(each)
+    findings += _editable(each) if each.source is not None else _files(each)
+    gone = any(finding.kind in ("source-gone", "files-gone") for finding in findings[before:])
+    findings += _requirements(each)
+    if gone or any(damage.startswith("METADATA") for damage in each.damage):
+        return  # what it points to is gone, too, or can't be loaded
+    findings += _entry_points(each)
+    if unmet_range(each.name) is not None:
+        return  # it isn't loaded, and the requirement is told of above
+    modules = {p.value: p for p in each.entry_points if p.group == PLUGIN_GROUP}
+    for point in modules.values():
+        if spec_of(point.value) is not None:
+            record = PluginRecord(each.name, each.version, point.value, point.name)
+            to_import.append((each, record))
 
 
 def _finding(kind: str, each: Installation, problem: str, cure: str) -> Finding:
@@ -110,14 +125,14 @@ def _two_owners(records: Sequence[PluginRecord]) -> Iterator[Finding]:
     for architecture, claims in owners.items():
         first, *others = sorted(claims, key=lambda record: record.label)
         for other in others:
-            choice = f"--plugin {architecture}={first.distribution}"
+            names = sorted(shlex.quote(record.distribution) for record in (first, other))
             yield Finding(
                 "two-owners",
                 other.distribution,
                 other.version,
                 f"it claims {architecture}, and so does {first.label}; "
-                f"keep one, or choose at each start with {choice}",
-                f"pip uninstall -y {other.distribution}",
+                "keep one, or choose at each start",
+                f"engine serve MODEL --plugin {architecture}={names[0]}  # or ={names[1]}",
             )
 
 
@@ -131,7 +146,7 @@ def _editable(each: Installation) -> Iterator[Finding]:
     source, project = each.source, each.project()
     if source is None or not (source / "pyproject.toml").is_file():
         problem = f"its source is gone: {source}"
-        yield _finding("source-gone", each, problem, f"pip uninstall -y {each.name}")
+        yield _finding("source-gone", each, problem, f"pip uninstall -y {shlex.quote(each.name)}")
         return
     version = project.get("version")
     if isinstance(version, str) and not _same_version(version, each.version):
@@ -161,20 +176,19 @@ def _same_version(one: str, other: str) -> bool:
 def _files(each: Installation) -> Iterator[Finding]:
     """Files that RECORD lists; bytecode comes and goes."""
     try:
-        files = metadata.Distribution.at(each.folder).files or []
-    except Exception:  # damage is told of elsewhere
+        files = recorded(each.folder)
+    except (OSError, ValueError, csv.Error):  # damage is told of elsewhere
         return
-    gone = [file for file in files if file.suffix != ".pyc" and not Path(file.locate()).exists()]
+    site = each.folder.parent
+    gone = [file for file in files if not file.endswith(".pyc") and not (site / file).exists()]
     if gone:
         more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
         problem = f"files that were installed are gone: {gone[0]}{more}"
         yield _finding("files-gone", each, problem, each.reinstall())
 
 
-def _engine_broken(error: StartupError, known: Sequence[Finding]) -> Finding:
+def _engine_broken(error: StartupError) -> Finding:
     problem, _, cure = str(error).rpartition(" Run: ")
-    if any(finding.kind == "damaged-metadata" for finding in known):
-        cure = "engine plugins doctor"  # when that is mended; it keeps others from being read
     version = metadata.version("mm-engine")
     return Finding("engine-broken", "mm-engine", version, problem.rstrip("."), cure)
 
@@ -199,7 +213,7 @@ def _requirements(each: Installation) -> Iterator[Finding]:
         if version and not wanted.specifier.contains(version, prereleases=True):
             cure = f"pip install {shlex.quote(needed)}"
             if normalized(wanted.name) in ENGINE and _is_for_older(wanted, version):
-                cure = f"pip install --upgrade {each.name}"  # one that fits this mm-engine
+                cure = _upgrade(each)  # to one that fits this mm-engine
             problem = f"it needs {needed}, and {version} is installed"
             yield _finding("requirement", each, problem, cure)
 
@@ -240,27 +254,36 @@ def _edit(file: str, line: int | None = None) -> str:
 
 
 def _imported(
-    each: Installation, record: PluginRecord, result: ProbeResult, known: Iterable[Finding]
+    each: Installation,
+    record: PluginRecord,
+    result: ProbeResult,
+    known: Iterable[Finding],
+    seconds: float,
 ) -> Iterator[Finding]:
     if result.state == "ok":
         return
     # Whoever works on it mends it; to others a newer release is the cure.
+    declare = ""
     edit = _edit(result.file, result.line) if each.source is not None and result.file else None
-    cure = edit or f"pip install --upgrade {each.name}"
+    cure = edit or _upgrade(each)
     missing = (result.missing_module or "").partition(".")[0]
     if result.missing_module and missing == record.module.partition(".")[0]:
         cure = edit or each.reinstall()
     elif missing:
-        told = any(
-            finding.kind == "requirement"
-            and finding.label == each.label
-            and normalized(missing) in finding.problem.lower()
-            for finding in known
-        )
-        if told:
+        if any(found.kind == "requirement" and found.label == each.label for found in known):
             return  # a requirement that isn't met, and this is what comes of it
-        cure = f"pip install {missing.replace('_', '-')}"
+        # Which distribution brings the module isn't known: its name says nothing of that.
+        declare = "; its dependencies must name what brings that module"
+        if each.source is not None:
+            cure = f"{_edit(str(each.source / 'pyproject.toml'))} && {each.reinstall()}"
     kinds = {"hooks": "hooks", "import": "import-error", "hung": "hangs", "died": "dies"}
     problem = re.sub(r"\s*Repair it, or run: .*$", "", result.message)
     problem = problem.removeprefix(f"the plugin {record.label} ").removeprefix(f"{record.label} · ")
-    yield _finding(kinds[result.state], each, problem.rstrip("."), cure)
+    problem = f"{problem.rstrip('.')}{declare}"
+    if result.state == "hung":
+        cure = f"engine plugins doctor --timeout {min(4 * seconds, MAX_SECONDS):g}"
+    yield _finding(kinds[result.state], each, problem, cure)
+
+
+def _upgrade(each: Installation) -> str:
+    return f"pip install --upgrade {shlex.quote(each.name)}"

@@ -31,6 +31,7 @@ PLACE = re.compile(r"\(([^()]+\.py):(\d+)\)")  # as blame.place_of writes it
 #: The same import path as here, whatever made it; `-P` keeps the current folder out until then.
 BOOT = (
     "import json, sys; order = json.load(sys.stdin); sys.path[:] = order['path']\n"
+    "from mm_engine.plugins.tolerance import pass_over_damage; pass_over_damage()\n"
     "from mm_engine.plugins.probe import serve; serve(order)"
 )
 
@@ -113,10 +114,11 @@ def serve(order: dict[str, Any]) -> None:
                 running.append(_fork(index, records[index], order["seconds"]))
             _wait(running)
             for fork in list(running):
+                if b"\n" not in fork.received and time.monotonic() < fork.deadline:
+                    continue  # it runs
+                running.remove(fork)
                 result = _outcome(fork, records[fork.index], order["seconds"])
-                if result is not None:
-                    results[fork.index] = dataclasses.asdict(result)
-                    running.remove(fork)
+                results[fork.index] = dataclasses.asdict(result)
     finally:
         for fork in running:
             _end(fork)
@@ -136,8 +138,10 @@ def _fork(index: int, record: PluginRecord, seconds: float) -> _Fork:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(nowhere, stream)
+        own = os.getpid()
         answer = json.dumps(dataclasses.asdict(import_one(record)))
-        os.write(write, answer.encode() + b"\n")
+        if os.getpid() == own:  # a plugin may have forked: one of the two answers
+            os.write(write, answer.encode() + b"\n")
     finally:
         os._exit(0)
 
@@ -153,14 +157,12 @@ def _wait(running: Sequence[_Fork]) -> None:
                 fork.received += b"\n"  # the end, with an answer or without
 
 
-def _outcome(fork: _Fork, record: PluginRecord, seconds: float) -> ProbeResult | None:
-    """What came of it, or None while it runs."""
-    complete = fork.received.endswith(b"\n")
-    if not complete and time.monotonic() < fork.deadline:
-        return None
+def _outcome(fork: _Fork, record: PluginRecord, seconds: float) -> ProbeResult:
+    """What came of it, when it has answered, has ended, or has had its time."""
     status = _end(fork)
-    if fork.received.strip():
-        return _result(json.loads(fork.received))
+    answer, complete, _ = fork.received.partition(b"\n")
+    with contextlib.suppress(ValueError, TypeError):  # what a plugin wrote is no answer
+        return _result(json.loads(answer))
     what = f"the plugin {record.label} can't be imported: {record.module}"
     if not complete:
         return ProbeResult("hung", f"{what} takes longer than {seconds:g} s.")

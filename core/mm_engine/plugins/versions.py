@@ -20,7 +20,11 @@ def unmet_range(distribution: str) -> str | None:
         running = Version(metadata.version(ENGINE))
     except (metadata.PackageNotFoundError, InvalidVersion):
         return None  # running from a folder that was never installed: nothing to compare with
-    for text in metadata.distribution(distribution).requires or ():
+    try:
+        requires = metadata.distribution(distribution).requires or ()
+    except metadata.PackageNotFoundError:
+        return None  # its folder has another name than it: whoever loads it says so
+    for text in requires:
         try:
             wanted = Requirement(text)
         except InvalidRequirement:

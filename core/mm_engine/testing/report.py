@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from mm_engine.plugins.printable import printable, to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,20 +58,22 @@ class CheckReport:
         content: dict[str, Any] = dataclasses.asdict(self)
         for result in content["results"]:
             result["seconds"] = round(result["seconds"], 3)
-        return json.dumps({"passed": self.passed, **content}, indent=2, ensure_ascii=False)
+        return to_json({"passed": self.passed, **content})
 
     def render(self, console: Console) -> None:
         """Print one line for each check, then a block for each failure."""
         from rich.text import Text
 
-        console.print(Text.assemble((self.plugin, "bold"), f" · {self.architecture}"))
+        console.print(Text.assemble((printable(self.plugin), "bold"), f" · {self.architecture}"))
         console.print(Text(f"checked with {self.checkpoint or 'no checkpoint'}", "dim"))
         console.print()
         width = max((len(result.name) for result in self.results), default=0)
         for result in self.results:
             mark, style = MARKS[result.status]
             said = result.detail if result.status != "failed" else f"{result.hook or 'see below'}"
-            line = Text.assemble("  ", (mark, style), f" {result.name:{width}}  ", (said, "dim"))
+            line = Text.assemble(
+                "  ", (mark, style), f" {result.name:{width}}  ", (printable(said), "dim")
+            )
             console.print(line, soft_wrap=True)
         for result in self.failures:
             console.print()
@@ -98,11 +101,11 @@ def render_failure(result: CheckResult) -> Any:
     mark, style = MARKS["failed"]
     text = Text.assemble((f"{mark} {result.name}", style))
     if result.hook:
-        text.append(f" · {result.hook}", "bold")
+        text.append(f" · {printable(result.hook)}", "bold")
     if result.place:
-        text.append(f" ({result.place})")
+        text.append(f" ({printable(result.place)})")
     rows = (("expected", result.expected), ("got", result.got), ("look at", result.hint))
     for name, value in rows:
         if value:
-            text.append(f"\n    {name:<9} ", "dim").append(value)
+            text.append(f"\n    {name:<9} ", "dim").append(printable(value))
     return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from mm_engine.config import EngineConfig
 from mm_engine.engine.build import build_engine
 from mm_engine.errors import MMEngineError
 from mm_engine.inputs.pipeline import InputPipeline, PreparedPrompt
+from mm_engine.models.checkpoint import locate, read_architecture
+from mm_engine.plugins.discovery import demos, find
 from mm_engine.plugins.placeholders import placeholder_token_id
 from mm_engine.plugins.plugin import HookCall
 from mm_engine.plugins.registration import hook_names
@@ -99,16 +101,26 @@ class Trace:
 
 
 def trace(
-    config: EngineConfig, prompt: str, images: Sequence[Image.Image], *, run: bool = False
+    config: EngineConfig,
+    prompt: str,
+    images: Sequence[Image.Image],
+    *,
+    run: bool = False,
+    on_plugin: Callable[[str], object] | None = None,
 ) -> Trace:
     """Send a question with `images` through the hooks; with `run` also compute the first token.
 
-    An error of the request or of a hook ends the trace and is part of it.
+    An error of the request or of a hook ends the trace and is part of it. `on_plugin` is told which
+    plugin it is before anything of it is imported.
 
     Raises:
         StartupError: the model can't be opened.
         PluginError: the plugin can't be loaded.
     """
+    if on_plugin is not None:
+        bundled = demos()
+        path = bundled[config.model] if config.model in bundled else locate(config.model)
+        on_plugin(find(read_architecture(path), config.plugins).label)
     opened = open_model(config)
     first: list[HookCall] = []
     opened.plugin.observer = first.append
