@@ -22,6 +22,7 @@ LAYERS = (
     {"plugins", "models"},
     {"attention"},
 )
+#: `contract` is none; it imports what it describes, by the names that it lists, when it is run.
 NOUNS = {"errors", "sampling_params", "request", "outputs", "config", "sequence", "contract"}
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 

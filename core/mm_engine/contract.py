@@ -109,16 +109,23 @@ def _imported(path: str) -> Any:
 
 def compare(recorded: Facts, now: Facts) -> Difference:
     """Return what is broken, and what was only added; each as a line of a diff."""
-    broken = [f"- {name}: {fact}" for name, fact in recorded.items() if name not in now]
+    broken: list[str] = []
     added: list[str] = []
+    for name, fact in recorded.items():
+        retired = now.get(f"property {name.partition(' ')[2]}", "")
+        if name not in now and retired.startswith("retired, "):  # a `RetiredField` in its place
+            added.append(f"! {name}: {fact}  ->  {retired}")
+        elif name not in now:
+            broken.append(f"- {name}: {fact}")
     for name, fact in now.items():
         if name not in recorded:
             (broken if _must_be_given(name, fact, recorded) else added).append(f"+ {name}: {fact}")
         elif fact != recorded[name]:
             # To retire a thing is to announce a change, not to make it.
-            retired = fact.startswith(f"{recorded[name]}, retired since ")
+            harmless = fact.startswith(f"{recorded[name]}, retired since ")
+            harmless |= _is_ours(name) and _by_name(fact) == _by_name(recorded[name])
             line = f"! {name}: {recorded[name]}  ->  {fact}"
-            (added if retired else broken).append(line)
+            (added if harmless else broken).append(line)
     return Difference(tuple(broken), tuple(added))
 
 
@@ -238,12 +245,24 @@ def _must_be_given(name: str, fact: str, recorded: Facts) -> bool:
     """Say whether what is new must be given by callers who were there before it."""
     kind, _, path = name.partition(" ")
     if kind == "field":
-        owner = path.rpartition(".")[0]
-        known = f"class {owner}" in recorded and owner not in MADE_BY_US
+        known = f"class {path.rpartition('.')[0]}" in recorded and not _is_ours(name)
+    elif kind == "hook" and not name.endswith(")"):
+        return fact.startswith("required ")
     else:
         known = kind in ("function", "method") and name.endswith(")")
         known = known and name.partition("(")[0] in recorded
     return known and " = " not in fact and not fact.startswith("*")
+
+
+def _is_ours(name: str) -> bool:
+    """Say whether it is a field of a class that only mm-engine makes."""
+    kind, _, path = name.partition(" ")
+    return kind == "field" and path.rpartition(".")[0] in MADE_BY_US
+
+
+def _by_name(fact: str) -> str:
+    """The fact of a field without its place among the others."""
+    return fact.partition(", ")[2]
 
 
 def main(arguments: list[str]) -> int:

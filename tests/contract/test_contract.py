@@ -127,6 +127,11 @@ BREAKS = {
         facts_of_hooks(specs(OLD_HOOK), required=["hook"]),
         "! hook hook: -> int  ->  required -> int",
     ),
+    "new hook required": (
+        {},
+        facts_of_hooks(specs(OLD_HOOK), required=["hook"]),
+        "+ hook hook: required -> int",
+    ),
     "field renamed": (
         facts_of(PATH, Fields),
         facts_of(PATH, Renamed),
@@ -193,6 +198,21 @@ def test_break_with_a_new_minor_version_is_to_be_recorded(name: str) -> None:
 
 
 NOTICE = Retired(since="0.1", gone_in="0.2", instead="ctx.max_model_len")
+
+
+@dataclasses.dataclass(frozen=True)
+class Retiring:
+    first: int
+    second = RetiredField(lambda self: "a", NOTICE)
+
+
+@dataclasses.dataclass(frozen=True)
+class RetiringOneMore:
+    first: int
+    second = RetiredField(lambda self: "a", NOTICE)
+    third: str = "c"
+
+
 ADDITIONS = {
     "hook argument": (
         facts_of_hooks(specs("(ctx: Context) -> int")),
@@ -218,6 +238,17 @@ ADDITIONS = {
         {},
         of_function("(a: int) -> int"),
         f"+ function {PATH}(a): 1, int",
+    ),
+    "field retired": (
+        facts_of(PATH, Fields),
+        facts_of(PATH, Retiring),
+        f"! field {PATH}.second: 2, str = 'a'  ->  retired, retired since 0.1, gone in 0.2: "
+        "use ctx.max_model_len",
+    ),
+    "field retired before others of a class that only we make": (
+        facts_of("mm_engine.plugins.ModelContext", OneMore),
+        facts_of("mm_engine.plugins.ModelContext", RetiringOneMore),
+        "! field mm_engine.plugins.ModelContext.third: 3, str = 'c'  ->  2, str = 'c'",
     ),
     "argument retired": (
         facts_of_hooks(specs(OLD_HOOK)),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mm_engine.errors import StartupError
+from mm_engine.plugins import importing
 from mm_engine.plugins.discovery import find, load
 
 ARCH = "TestForConditionalGeneration"
@@ -29,6 +30,16 @@ def write(tmp_path: Path) -> Callable[..., str]:
         return str(tmp_path / name)
 
     return write
+
+
+def test_import_that_takes_too_long_is_given_up_on(
+    write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importing, "MIN_SECONDS", 0.2)
+    record = find(ARCH, [write("import time; time.sleep(3)")])
+    what = r"the plugin file can't be imported: mm_test_file.py takes longer than 0.2 s. Repair it"
+    with pytest.raises(StartupError, match=what):
+        load(record, timeout=0.1)
 
 
 def test_file_wins_over_what_is_installed(

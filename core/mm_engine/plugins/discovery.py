@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mm_engine.errors import StartupError
-from mm_engine.plugins.blame import one_line
+from mm_engine.plugins.importing import import_guarded
 from mm_engine.plugins.one_file import declared_architectures, import_file, record_of
 from mm_engine.plugins.record import PluginRecord
 from mm_engine.plugins.versions import ENGINE, unmet_range
@@ -81,7 +82,8 @@ def find(architecture: str, choices: Sequence[str] = ()) -> PluginRecord:
 def load(record: PluginRecord, *, timeout: float | None = None) -> Plugin:
     """Import the plugin of `record` and check its hooks; each process calls this with one record.
 
-    `timeout` is the limit in seconds for one call of a mapper or processor; None sets none.
+    `timeout` is the limit in seconds for one call of a hook, and for the import, which has a minute
+    at least; None sets none.
 
     Raises:
         StartupError: it can't be imported, or isn't the one that the record names.
@@ -89,7 +91,7 @@ def load(record: PluginRecord, *, timeout: float | None = None) -> Plugin:
     """
     from mm_engine.plugins.plugin import Plugin  # here: it needs torch, finding a plugin doesn't
 
-    module = _import_installed(record) if record.path is None else import_file(record)
+    module = (_import_installed if record.path is None else import_file)(record, timeout)
     return Plugin(record, module, timeout=timeout)
 
 
@@ -178,7 +180,7 @@ def _not_found(architecture: str) -> str:
     )
 
 
-def _import_installed(record: PluginRecord) -> ModuleType:
+def _import_installed(record: PluginRecord, timeout: float | None) -> ModuleType:
     try:
         version = metadata.version(record.distribution) or "unknown"
     except metadata.PackageNotFoundError:
@@ -198,13 +200,10 @@ def _import_installed(record: PluginRecord) -> ModuleType:
             f"{unmet}, and {metadata.version(ENGINE)} is installed. "
             f"Run: pip install --upgrade {ENGINE} {record.distribution}"
         )
-    try:
-        return importlib.import_module(record.module)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a plugin may raise anything, SystemExit too
-        raise StartupError(
-            f"the plugin {record.label} can't be imported: {record.module} raised "
-            f"{one_line(error)}. Repair it, or run: "
-            f"pip install --force-reinstall {record.distribution}"
-        ) from error
+    return import_guarded(
+        lambda: importlib.import_module(record.module),
+        timeout,
+        f"the plugin {record.label}",
+        record.module,
+        f"Repair it, or run: pip install --force-reinstall {shlex.quote(record.distribution)}",
+    )

@@ -15,6 +15,7 @@ from types import ModuleType
 
 from mm_engine.errors import StartupError
 from mm_engine.plugins.blame import one_line
+from mm_engine.plugins.importing import import_guarded
 from mm_engine.plugins.record import PluginRecord
 
 
@@ -57,11 +58,12 @@ def record_of(path: Path, architecture: str) -> PluginRecord:
     )
 
 
-def import_file(record: PluginRecord) -> ModuleType:
+def import_file(record: PluginRecord, timeout: float | None = None) -> ModuleType:
     """Import the file of `record` as the module that it names.
 
     Raises:
-        StartupError: the file changed since the record was made, or raises when imported.
+        StartupError: the file changed since the record was made, or raises when imported, or its
+            import takes longer than `timeout` seconds (a minute at least).
     """
     path = Path(str(record.path))
     version = _version(_read(path))
@@ -74,16 +76,16 @@ def import_file(record: PluginRecord) -> ModuleType:
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[record.module] = module
+
+    def load() -> ModuleType:
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+        return module
+
     try:
-        spec.loader.exec_module(module)
-    except KeyboardInterrupt:
+        return import_guarded(load, timeout, "the plugin file", path.name, "Repair it.")
+    except StartupError:
+        sys.modules.pop(record.module, None)
         raise
-    except BaseException as error:  # a plugin may raise anything, SystemExit too
-        del sys.modules[record.module]
-        raise StartupError(
-            f"the plugin file can't be imported: {path.name} raised {one_line(error)}. Repair it."
-        ) from error
-    return module
 
 
 def _read(path: Path) -> bytes:
