@@ -55,3 +55,16 @@ def test_escape_sequences_of_a_plugin_are_shown_not_obeyed(tmp_path: Path) -> No
         assert "\x1b" not in done.stdout
         assert r"\x1b[31m" in done.stdout and r"\ud800" in done.stdout
         assert done.stdout.count("[/INST]") == 2
+
+
+def test_escape_sequences_in_a_report_are_shown_not_obeyed(tmp_path: Path) -> None:
+    file = tmp_path / "colour.py"
+    file.write_text(r"raise ValueError('\x1b[31m [/INST] \ud800')")
+    plain = engine("plugins", "check", str(file), "-m", "llava-demo", "--only", "hooks-fit")
+    assert plain.returncode == 1
+    assert r"raised ValueError: \x1b[31m [/INST] \ud800" in plain.stdout
+    json_too = engine("plugins", "check", str(file), "-m", "llava-demo", "--json")
+    assert "\x1b[31m [/INST] \ud800" in json.loads(json_too.stdout)["results"][0]["got"]
+    trace = engine("plugins", "trace", "llava-demo", "--plugin", str(file))
+    assert trace.returncode == 1
+    assert r"raised ValueError: \x1b[31m [/INST] \ud800" in trace.stderr

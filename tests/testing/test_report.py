@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from mm_engine.errors import PluginError, StartupError
-from mm_engine.testing import CheckReport, CheckResult
+from mm_engine.testing import CheckReport, CheckResult, check_plugin
 from mm_engine.testing.fault import Fault, fault_of
 
 REPORT = CheckReport(
@@ -28,6 +28,7 @@ REPORT = CheckReport(
         ),
         CheckResult("max-tokens", "skipped", detail="because counts failed"),
     ),
+    seconds=1.5,
 )
 RENDERED = """\
 mm-foo 0.1.0 · FooForConditionalGeneration
@@ -57,7 +58,7 @@ def test_report_reads_line_by_line() -> None:
 
 
 def test_report_without_failures_ends_with_the_number_that_passed() -> None:
-    report = CheckReport("mm-foo 0.1.0", "Foo", None, REPORT.results[:1])
+    report = CheckReport("mm-foo 0.1.0", "Foo", None, REPORT.results[:1], 0.5)
     assert report.passed
     assert rendered(report).endswith("\n\n1 passed in 0.5 s\n")
     assert "checked with no checkpoint" in rendered(report)
@@ -114,3 +115,9 @@ def test_a_fault_is_what_it_is() -> None:
     fault = Fault("max_tokens", "foo.py:1", "4", "5")
     assert fault_of(fault) is fault
     assert str(fault) == "max_tokens: expected 4, got 5"
+
+
+def test_time_of_checks_that_were_only_needed_counts() -> None:
+    report = check_plugin("mm-llava", "llava-demo", only=["placeholder-text"])
+    (result,) = report.results
+    assert report.seconds > result.seconds + 0.01  # the checkpoint was opened, too

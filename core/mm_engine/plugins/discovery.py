@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -22,7 +21,7 @@ from mm_engine.errors import StartupError
 from mm_engine.plugins.importing import import_guarded
 from mm_engine.plugins.one_file import declared_architectures, import_file, record_of
 from mm_engine.plugins.record import PluginRecord
-from mm_engine.plugins.versions import ENGINE, unmet_range
+from mm_engine.plugins.versions import ENGINE, normalized, unmet_range
 
 if TYPE_CHECKING:
     from mm_engine.plugins.plugin import Plugin
@@ -31,6 +30,7 @@ __all__ = ["PluginRecord", "default_model", "demos", "find", "installed", "load"
 
 PLUGIN_GROUP = "mm_engine.plugins"
 DEMO_GROUP = "mm_engine.demos"
+CONFIG_GROUP = "mm_engine.test_configs"
 
 
 def installed() -> list[PluginRecord]:
@@ -99,15 +99,26 @@ def demos() -> dict[str, Path]:
     """Return the checkpoints that installed packages bundle: name -> folder. Imports nothing."""
     found: dict[str, Path] = {}
     for _, _, entry_point in _entry_points(DEMO_GROUP):
-        package, *rest = entry_point.value.split(".")
-        try:
-            spec = importlib.util.find_spec(package)  # a top-level name: found, not imported
-        except (ImportError, ValueError):
-            continue
-        for location in (spec.submodule_search_locations if spec else None) or ():
-            if Path(location, *rest).is_dir():
-                found.setdefault(entry_point.name, Path(location, *rest))
+        folder = package_folder(entry_point.value)
+        if folder is not None:
+            found.setdefault(entry_point.name, folder)
     return found
+
+
+def package_folder(value: str) -> Path | None:
+    """Return the folder that an entry point's value names, or None: `mm_foo/tiny` of `mm_foo.tiny`.
+
+    Imports nothing.
+    """
+    package, *rest = value.split(".")
+    try:
+        spec = importlib.util.find_spec(package)  # a top-level name: found, not imported
+    except (ImportError, ValueError):
+        return None
+    for location in (spec.submodule_search_locations if spec else None) or ():
+        if Path(location, *rest).is_dir():
+            return Path(location, *rest)
+    return None
 
 
 def default_model() -> str:
@@ -150,11 +161,6 @@ def _entry_points(group: str) -> Iterator[tuple[str, str, metadata.EntryPoint]]:
                 yield name, version or "unknown", point
 
 
-def normalized(distribution: str) -> str:
-    """Return a distribution's name as two spellings of it compare: `Mm_Foo` is `mm-foo`."""
-    return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
 def _chosen(architecture: str, chosen: str, claimants: Sequence[PluginRecord]) -> PluginRecord:
     for record in claimants:
         if normalized(record.distribution) == normalized(chosen):
@@ -186,7 +192,7 @@ def _import_installed(record: PluginRecord, timeout: float | None) -> ModuleType
     except metadata.PackageNotFoundError:
         raise StartupError(
             f"the plugin isn't installed any more: {record.distribution}. "
-            f"Run: pip install {record.distribution}"
+            f"Run: pip install {shlex.quote(record.distribution)}"
         ) from None
     if version != record.version:
         raise StartupError(
@@ -198,7 +204,7 @@ def _import_installed(record: PluginRecord, timeout: float | None) -> ModuleType
         raise StartupError(
             f"the plugin {record.label} was made for another version of mm-engine: it requires "
             f"{unmet}, and {metadata.version(ENGINE)} is installed. "
-            f"Run: pip install --upgrade {ENGINE} {record.distribution}"
+            f"Run: pip install --upgrade {ENGINE} {shlex.quote(record.distribution)}"
         )
     return import_guarded(
         lambda: importlib.import_module(record.module),

@@ -14,20 +14,24 @@ from packaging.version import InvalidVersion, Version
 
 from mm_engine.errors import StartupError
 from mm_engine.plugins.blame import one_line
-from mm_engine.plugins.discovery import DEMO_GROUP, PLUGIN_GROUP, installed, normalized
-from mm_engine.plugins.installation import (
+from mm_engine.plugins.discovery import (
     CONFIG_GROUP,
+    DEMO_GROUP,
+    PLUGIN_GROUP,
+    installed,
+    package_folder,
+)
+from mm_engine.plugins.installation import (
     ENGINE,
     GROUPS,
     Installation,
     installations,
-    package_folder,
     recorded,
     spec_of,
 )
 from mm_engine.plugins.probe import ProbeResult, probe
 from mm_engine.plugins.record import PluginRecord
-from mm_engine.plugins.versions import unmet_range
+from mm_engine.plugins.versions import normalized, unmet_range
 
 MAX_SECONDS = 86400.0  # for one plugin's import
 

@@ -18,10 +18,10 @@ from urllib.parse import unquote, urlsplit
 
 from packaging.version import InvalidVersion, Version
 
-from mm_engine.plugins.discovery import DEMO_GROUP, PLUGIN_GROUP, normalized
+from mm_engine.plugins.discovery import CONFIG_GROUP, DEMO_GROUP, PLUGIN_GROUP
 from mm_engine.plugins.tolerance import ExactDistribution
+from mm_engine.plugins.versions import normalized
 
-CONFIG_GROUP = "mm_engine.test_configs"
 GROUPS = (PLUGIN_GROUP, DEMO_GROUP, CONFIG_GROUP)
 HEADER = re.compile(rb"^\s*\[mm_engine\.\w+\]\s*$", re.MULTILINE)
 #: Damage of any distribution that other programs fail of: Python reads all entry points at once.
@@ -200,13 +200,3 @@ def spec_of(module: str) -> importlib.machinery.ModuleSpec | None:
     except (ImportError, ValueError):
         return None
     return spec
-
-
-def package_folder(package: str) -> Path | None:
-    """Return the folder `mm_foo/tiny` of `mm_foo.tiny`, found as `discovery.demos` does."""
-    first, *rest = package.split(".")
-    spec = spec_of(first)
-    for location in (spec.submodule_search_locations if spec else None) or ():
-        if Path(location, *rest).is_dir():
-            return Path(location, *rest)
-    return None

@@ -11,6 +11,11 @@ from packaging.version import InvalidVersion, Version
 ENGINE = "mm-engine"
 
 
+def normalized(distribution: str) -> str:
+    """Return a distribution's name as two spellings of it compare: `Mm_Foo` is `mm-foo`."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
 def unmet_range(distribution: str) -> str | None:
     """Return the requirement on mm-engine that the running version doesn't meet, or None.
 
@@ -30,7 +35,7 @@ def unmet_range(distribution: str) -> str | None:
         except InvalidRequirement:
             continue  # pip would have refused it: then it says nothing of mm-engine
         applies = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
-        named = re.sub(r"[-_.]+", "-", wanted.name).lower() == ENGINE
+        named = normalized(wanted.name) == ENGINE
         if named and applies and not wanted.specifier.contains(running, prereleases=True):
             return f"{wanted.name}{wanted.specifier}"
     return None

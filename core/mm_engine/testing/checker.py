@@ -36,6 +36,7 @@ class Checker:
 
         A check that was only needed is in the report if it failed.
         """
+        start = time.perf_counter()
         for name in only or CHECKS:
             self.result(name, on_start)
         shown = [
@@ -49,7 +50,8 @@ class Checker:
         if folder is not None and target.is_config:
             folder = f"random weights for {folder}"
         record = target.record
-        return CheckReport(record.label, record.architecture, folder, tuple(shown))
+        seconds = time.perf_counter() - start
+        return CheckReport(record.label, record.architecture, folder, tuple(shown), seconds)
 
     def result(self, name: str, on_start: Callable[[str], object] | None = None) -> CheckResult:
         """The result of one check, which runs now unless it has run."""

@@ -42,6 +42,7 @@ class CheckReport:
     architecture: str
     checkpoint: str | None  # the folder that the plugin was checked with; None: it has none
     results: tuple[CheckResult, ...]
+    seconds: float = 0.0  # that it took, checks that were only needed and aren't listed included
 
     @property
     def passed(self) -> bool:
@@ -56,7 +57,7 @@ class CheckReport:
     def to_json(self) -> str:
         """The report as a JSON object, with `passed` and the results as a list."""
         content: dict[str, Any] = dataclasses.asdict(self)
-        for result in content["results"]:
+        for result in (content, *content["results"]):
             result["seconds"] = round(result["seconds"], 3)
         return to_json({"passed": self.passed, **content})
 
@@ -90,8 +91,7 @@ class CheckReport:
             number = sum(result.status == status for result in self.results)
             if number or status == "passed":
                 parts += [(f"{number} {status}", style), ", "]
-        seconds = sum(result.seconds for result in self.results)
-        return Text.assemble(*parts[:-1], f" in {seconds:.1f} s")
+        return Text.assemble(*parts[:-1], f" in {self.seconds:.1f} s")
 
 
 def render_failure(result: CheckResult) -> Any:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from mm_engine.errors import StartupError
-from mm_engine.plugins.discovery import DEMO_GROUP, demos, installed
+from mm_engine.plugins.discovery import CONFIG_GROUP, DEMO_GROUP, demos, installed, package_folder
 from mm_engine.plugins.one_file import declared_architectures, record_of
 from mm_engine.plugins.record import PluginRecord
-
-TEST_CONFIG_GROUP = "mm_engine.test_configs"
+from mm_engine.plugins.versions import normalized
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +39,7 @@ def find_target(plugin: str, model: str | None) -> Target:
     records = [
         record
         for record in installed()
-        if record.architecture == plugin or _same(record.distribution, plugin)
+        if record.architecture == plugin or normalized(record.distribution) == normalized(plugin)
     ]
     if not records:
         listed = ", ".join(f"{r.distribution} ({r.architecture})" for r in installed()) or "none"
@@ -83,11 +80,6 @@ def _architecture(folder: Path) -> str:
     from mm_engine.models import checkpoint
 
     return checkpoint.read_architecture(folder)
-
-
-def _same(distribution: str, name: str) -> bool:
-    first, second = (re.sub(r"[-_.]+", "-", text).lower() for text in (distribution, name))
-    return first == second
 
 
 def _of_file(path: Path, folder: Path | None, wanted: str | None) -> Target:
@@ -148,27 +140,25 @@ def _bundled(record: PluginRecord) -> Target | None:
 
 
 def _test_config(record: PluginRecord) -> Target | None:
-    for name, folder in _folders(record.distribution, TEST_CONFIG_GROUP):
+    for name, folder in _folders(record.distribution, CONFIG_GROUP):
         if name == record.architecture:
-            origin = f"{TEST_CONFIG_GROUP} of {record.distribution}"
+            origin = f"{CONFIG_GROUP} of {record.distribution}"
             return Target(record, folder, not _has_weights(folder), origin)
     return None
 
 
 def _folders(distribution: str, group: str) -> Sequence[tuple[str, Path]]:
     """Name and folder of each entry point of a distribution in `group`; imports nothing."""
-    found = []
-    for point in metadata.distribution(distribution).entry_points.select(group=group):
-        package, *rest = point.value.split(".")
-        try:
-            spec = importlib.util.find_spec(package)
-        except (ImportError, ValueError):
-            continue
-        for location in (spec.submodule_search_locations if spec else None) or ():
-            folder = Path(location, *rest)
-            if (folder / "config.json").is_file():
-                found.append((point.name, folder.resolve()))
-    return found
+    try:
+        points = metadata.distribution(distribution).entry_points.select(group=group)
+    except metadata.PackageNotFoundError:  # its folder has another name: whoever loads it says so
+        return []
+    folders = [(point.name, package_folder(point.value)) for point in points]
+    return [
+        (name, folder.resolve())
+        for name, folder in folders
+        if folder is not None and (folder / "config.json").is_file()
+    ]
 
 
 def _architectures(folder: Path) -> object:
