@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from typing import Annotated, Literal
 
@@ -73,18 +72,6 @@ KVCacheMemory = Annotated[
         rich_help_panel=MEMORY_PANEL,
     ),
 ]
-
-
-def a_number(value: float) -> float:
-    """Return what is no `nan`, which passes every bound.
-
-    Raises:
-        typer.BadParameter: it is one.
-    """
-    if math.isnan(value):
-        raise typer.BadParameter("nan is no number of seconds.")
-    return value
-
 
 _UNITS = {
     "": 1, "b": 1,

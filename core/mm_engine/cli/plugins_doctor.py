@@ -22,7 +22,6 @@ def doctor(
         typer.Option(
             min=0.1,
             max=options.MAX_SECONDS,
-            callback=options.a_number,
             metavar="SECONDS",
             help="How long a plugin's import may take.",
         ),

@@ -89,7 +89,6 @@ def serve(
         typer.Option(
             min=0.1,
             max=options.MAX_SECONDS,
-            callback=options.a_number,
             metavar="SECONDS",
             help="How long one call of a plugin's hook may take; then its request fails.",
             rich_help_panel=options.MODEL_PANEL,
