@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlavaConfig
+from transformers import AutoModelForCausalLM
 
 from mm_engine.attention.backend import Attention
 from mm_engine.attention.metadata import AttentionMetadata
@@ -21,12 +21,9 @@ BLOCK_SIZE = 4
 
 
 def make_context(text: Any, max_model_len: int = 64) -> ModelContext:
-    """The context of a model with this text backbone."""
-    tied = bool(getattr(text, "tie_word_embeddings", False))
-    config = LlavaConfig(vision_config=CLIPVisionConfig(), tie_word_embeddings=tied)
-    config.text_config = text
+    """The context of a model that is this text backbone and nothing else."""
     tokenizer: Any = None  # a decoder asks for none
-    return ModelContext(config, Path(), tokenizer, torch.float32, max_model_len, {}, "Any")
+    return ModelContext(text, Path(), tokenizer, torch.float32, max_model_len, {}, "Any")
 
 
 def make_decoder(config: Any, max_model_len: int = 64) -> TransformersDecoder:

@@ -45,6 +45,22 @@ def test_each_prompt_alone(fixture: Fixture) -> None:
     fixture.check([llm.generate(prompt, GREEDY)[0] for prompt in prompts()])
 
 
+def test_probabilities_are_transformers(fixture: Fixture) -> None:
+    """A scale or cap on logits leaves greedy tokens as they are, and changes what is sampled."""
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=20)
+    for case, output in zip(CASES, start(fixture).generate(prompts(), params), strict=True):
+        answer = output.outputs[0]
+        assert answer.logprobs is not None
+        # A placeholder in the answer is an image to transformers' forward pass.
+        image = fixture.oracle.model.config.image_token_id
+        num = [*answer.token_ids, image].index(image)
+        logits = fixture.oracle.logits(case, answer.token_ids[:num])
+        for expected, got in zip(logits.log_softmax(-1), answer.logprobs, strict=False):
+            assert len(got) >= 20
+            for token, logprob in got.items():
+                assert logprob.logprob == pytest.approx(float(expected[token]), abs=1e-3)
+
+
 def test_all_prompts_in_one_batch(fixture: Fixture) -> None:
     llm = start(fixture)
     trace = Trace.of(llm)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
+from transformers.core_model_loading import PrefixChange, WeightRenaming
 
 from checkpoints import make_llava, text_config
 from decoding import make_decoder
 from mm_engine.config import EngineConfig
 from mm_engine.errors import StartupError
+from mm_engine.models.joined_weights import JoinedWeights
 from mm_engine.models.weights import WeightReport, load_into, weight_targets
 from mm_engine.worker.loader import load_model, open_model
 
@@ -76,6 +78,20 @@ def test_an_expert_that_no_file_has_is_missed(
     }
     with pytest.raises(StartupError, match=message):
         load(rewrite(saved, kept))
+
+
+def test_prefixes_are_not_the_joiners_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`weight_prefixes` renames; a rule that does it too would take names away from the rest."""
+    rules = [PrefixChange(prefix_to_remove="layers"), WeightRenaming("strange", "familiar")]
+    monkeypatch.setattr(
+        "mm_engine.models.joined_weights.get_model_conversion_mapping", lambda *_, **__: rules
+    )
+    joiner = JoinedWeights(torch.nn.Module(), "model")
+    assert joiner.renamings == rules[1:]
+    tensor = torch.zeros(2)
+    assert not joiner.hold("layers.0.weight", tensor)
+    assert joiner.hold("layers.0.strange.weight", tensor)
+    assert list(joiner.joined()) == [("layers.0.familiar.weight", tensor)]
 
 
 def test_a_tensor_that_no_rule_knows_is_reported_as_unused() -> None:

@@ -15,7 +15,14 @@ from transformers import masking_utils
 from checkpoints import text_config
 from decoding import make_decoder, run_paged
 from mm_engine.errors import StartupError
-from mm_engine.models.transformers_attention import Mask, Unsupported, read_call, tokens_apart
+from mm_engine.models.transformers_attention import (
+    Mask,
+    Unsupported,
+    _attend,
+    read_call,
+    read_layers,
+    tokens_apart,
+)
 
 causal = masking_utils.causal_mask_function
 sliding = masking_utils.sliding_window_causal_mask_function
@@ -158,3 +165,43 @@ def test_a_keyword_that_arrives_only_in_a_step_is_refused_in_that_step() -> None
     attention.forward = lambda *args, **kw: attend(attention, *args, s_aux=torch.ones(1), **kw)
     with pytest.raises(StartupError, match="gemma2 .attention with s_aux"):
         run_paged(decoder, ids, [5])
+
+
+def attention_of(module: Any, mask: Any, **keywords: Any) -> None:
+    query, key = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    _attend(module, query, key, key, mask, **keywords)
+
+
+@pytest.mark.parametrize(("mask", "window"), [(Mask(causal), None), (Mask(sliding(8)), 8)])
+def test_a_window_that_the_mask_does_not_have_is_refused(mask: Mask, window: int | None) -> None:
+    module = torch.nn.Module()
+    with pytest.raises(Unsupported, match=f"a sliding window of 5 beside a mask of {window}"):
+        read_layers(lambda: attention_of(module, mask, sliding_window=5), max_len=32)
+
+
+@pytest.mark.parametrize(
+    ("mask", "given", "window"),
+    [
+        (Mask(sliding(8)), 8, 8),
+        (Mask(sliding(8)), None, 8),
+        (Mask(sliding(32)), 40, None),
+        (Mask(causal), 32, None),
+    ],
+)
+def test_a_window_that_agrees_with_the_mask_is_the_masks(
+    mask: Mask, given: int | None, window: int | None
+) -> None:
+    module = torch.nn.Module()
+    read = read_layers(lambda: attention_of(module, mask, sliding_window=given), max_len=32)
+    assert [(module, layer.sliding_window) for module, layer in read] == [(module, window)]
+
+
+def test_a_module_that_attends_twice_is_refused() -> None:
+    module = torch.nn.Module()
+
+    def twice() -> None:
+        attention_of(module, Mask(causal))
+        attention_of(module, Mask(causal))
+
+    with pytest.raises(Unsupported, match="a layer that attends more than once"):
+        read_layers(twice, max_len=32)

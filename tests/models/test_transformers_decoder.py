@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,25 @@ import torch
 from transformers import (
     DeepseekV2Config,
     Dots1Config,
+    Gemma4Config,
     Gemma4TextConfig,
     GPT2Config,
     JetMoeConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PhiConfig,
     PhimoeConfig,
 )
 
 from backbones import FULL, OTHER_BACKBONES, SLIDING, WINDOW
-from checkpoints import make_llava, text_config
+from checkpoints import make_llava, text_config, vision_config
 from decoding import layers_of, make_context, make_decoder, run_paged, transformers_logits
 from mm_engine.config import EngineConfig
 from mm_engine.models import TransformersDecoder, build_decoder
 from mm_engine.models.layers import pack_linears
 from mm_engine.models.transformers_attention import IMPLEMENTATION
-from mm_engine.models.transformers_parts import CalledLinear
+from mm_engine.models.transformers_parts import CalledLinear, keep_float32
 from mm_engine.models.weights import fill_random, weight_targets
 from mm_engine.worker.loader import load_model, open_model
 
@@ -145,6 +150,117 @@ def test_a_tied_head_is_the_embeddings_until_it_is_untied() -> None:
     assert decoder.lm_head is head
     expected = 3.0 * torch.tanh(hidden @ embeddings.T * 2 / 3.0)
     torch.testing.assert_close(decoder.compute_logits(hidden), expected)
+
+
+def whole(config_class: type[Any], text: Any, **changes: Any) -> Any:
+    """The config of a model of images and text around a backbone."""
+    config = config_class(vision_config=vision_config("siglip"), **changes)
+    config.text_config = text
+    return config
+
+
+def logits_of(config: Any, hf_config: Any) -> tuple[TransformersDecoder, torch.Tensor]:
+    """A decoder with random weights, and its plain logits of some hidden states."""
+    ctx = dataclasses.replace(make_context(config), hf_config=hf_config)
+    decoder = TransformersDecoder(config, ctx)
+    fill_random(decoder, seed=0)
+    head: Any = decoder.lm_head
+    head.weight.data *= 20
+    return decoder, HIDDEN @ head.weight.T
+
+
+HIDDEN = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        ("gemma2", lambda plain: 3.0 * torch.tanh(plain / 3.0)),
+        ("cohere2", lambda plain: plain * 0.25),
+        ("granite", lambda plain: plain / 4.0),
+    ],
+)
+def test_logits_are_scaled_where_the_model_that_transformers_runs_scales_them(
+    name: str, after: Any
+) -> None:
+    config = text_config(name, tie_word_embeddings=False)
+    decoder, plain = logits_of(config, config)  # the checkpoint is the causal model itself
+    assert decoder.composite is None
+    torch.testing.assert_close(decoder.compute_logits(HIDDEN), after(plain))
+    decoder, plain = logits_of(config, whole(LlavaConfig, config))  # around it: a plain head
+    torch.testing.assert_close(decoder.compute_logits(HIDDEN), plain)
+
+
+def test_logits_are_capped_by_a_composite_model_that_caps_them() -> None:
+    text = MORE["heads-of-two-sizes"]()
+    text.final_logit_softcapping, text.tie_word_embeddings = 3.0, False
+    hf_config = Gemma4Config(text_config=text.to_dict(), tie_word_embeddings=False)
+    decoder, plain = logits_of(hf_config.text_config, hf_config)
+    assert decoder.composite is not None
+    torch.testing.assert_close(decoder.compute_logits(HIDDEN), 3.0 * torch.tanh(plain / 3.0))
+
+
+def test_the_composite_models_head_decides_about_a_bias() -> None:
+    config = PhiConfig(**SIZES)
+    decoder, _ = logits_of(config, config)
+    assert "lm_head.bias" in weight_targets(decoder)
+    decoder, plain = logits_of(config, whole(LlavaConfig, config))
+    assert "lm_head.bias" not in weight_targets(decoder)
+    torch.testing.assert_close(decoder.compute_logits(HIDDEN), plain)
+
+
+def test_a_composite_model_takes_no_memory_and_brings_no_weights() -> None:
+    config = text_config("gemma2")
+    alone, _ = logits_of(config, config)
+    decoder, _ = logits_of(config, whole(LlavaConfig, config))
+    assert decoder.composite is not None
+    decoder.compute_logits(HIDDEN)
+    assert weight_targets(decoder).keys() == weight_targets(alone).keys()
+    own = set(decoder.parameters())
+    others = {p for p in decoder.composite.model.parameters() if p not in own}
+    assert others and all(parameter.is_meta for parameter in others)
+
+
+def test_a_composite_model_that_needs_more_than_hidden_states_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forward(self: Any, input_ids: torch.Tensor, **_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", forward)
+    config = text_config("cohere2", tie_word_embeddings=False)
+    decoder, plain = logits_of(config, whole(LlavaConfig, config))
+    torch.testing.assert_close(decoder.compute_logits(HIDDEN), plain * 0.25)
+    assert "Logits are made as Cohere2ForCausalLM makes them" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("of_text", "of_whole", "tied"),
+    [(False, False, False), (True, False, True), (False, True, True), (True, True, True)],
+)
+def test_a_head_is_tied_if_either_config_ties_it(of_text: bool, of_whole: bool, tied: bool) -> None:
+    config = text_config("gemma2", tie_word_embeddings=of_text)
+    hf_config = whole(LlavaConfig, config, tie_word_embeddings=of_whole)
+    decoder = TransformersDecoder(
+        config, dataclasses.replace(make_context(config), hf_config=hf_config)
+    )
+    assert (decoder.lm_head is None) == tied
+
+
+def test_names_with_a_star_in_them_are_kept_in_float32_too() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
+            self.to(torch.bfloat16)
+
+        def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+            return {"layers.*.bias": torch.float32}
+
+    model = Model()
+    keep_float32(model)
+    wide = [name for name, tensor in model.named_parameters() if tensor.dtype == torch.float32]
+    assert wide == ["layers.0.bias", "layers.1.bias"]
 
 
 @pytest.fixture

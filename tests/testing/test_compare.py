@@ -27,6 +27,19 @@ def test_difference_says_how_much_and_where(scale: float) -> None:
     assert "2 of 4 rows differ, the first is row 2; most at row 2, column 1" in said
 
 
+def test_numbers_far_below_one_are_compared_with_each_other() -> None:
+    assert difference(ROWS * 1e-5, ROWS * 1.1e-5) is not None
+    assert difference(ROWS * 0, ROWS * 0) is None
+    assert difference(ROWS * 0, torch.full_like(ROWS, 1e-11)) is None  # all zeros but for dust
+
+
+def test_a_tie_is_one_beside_its_own_logits() -> None:
+    small = torch.tensor([0.0, 5e-5, 3e-5])
+    assert first_untied([2], [1], [small]) == (0, pytest.approx(2e-5))
+    assert first_untied([2], [1], [torch.tensor([0.0, 5e-5, 5e-5 - 1e-8])]) is None
+    assert first_untied([2], [1], [torch.zeros(3)]) is None
+
+
 def test_another_layout_of_the_same_rows_is_equal() -> None:
     assert difference(ROWS[None], ROWS) is None
 

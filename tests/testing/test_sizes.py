@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlavaNextConfig, LlavaNextImageProcessorPil
 
 from mm_engine.testing.sizes import (
+    MAX_PIXELS,
     MAX_SIDE,
     MODES,
     Geometry,
@@ -56,6 +57,15 @@ def test_sweep_is_the_same_each_time_and_another_for_another_seed() -> None:
 def test_many_grids_do_not_make_the_sweep_endless() -> None:
     grids = tuple((56 * w, 56 * h) for w in range(1, 7) for h in range(1, 7))
     assert len(sweep(Geometry(grids, (56,), 14))) < 300
+
+
+def test_pictures_that_take_long_are_left_out_unless_the_model_names_them() -> None:
+    large = (3000, 1500)
+    assert large[0] * large[1] > MAX_PIXELS
+    found = sweep(Geometry((large,), (1500,), 14))
+    assert large in found
+    assert all(width * height <= MAX_PIXELS for width, height in found if (width, height) != large)
+    assert (1500, 1500) in found and (2 * 1500, 1500 + 1) not in found
 
 
 def test_rounding_sizes_tell_int_from_round() -> None:

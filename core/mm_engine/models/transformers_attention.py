@@ -32,6 +32,8 @@ LAYER = "mm_engine_attention"
 HONOURED = ("scaling", "sliding_window", "softcap", "is_causal")
 HARMLESS = ("position_ids", "cache_position", "use_cache", "layer_idx")
 
+OWN_MASK = "an attention mask or bias of the model's own making"
+
 #: Takes (module, query `[1, H, T, D]`, key and value `[1, K, T, D]`, mask, keywords) and returns
 #: `[1, T, H, D]`, as transformers' attention functions do.
 Answer = Callable[[nn.Module, Tensor, Tensor, Tensor, Any, Mapping[str, Any]], Tensor]
@@ -142,7 +144,7 @@ def read_call(
     if query.shape[1] % key.shape[1] or value.shape[3] > key.shape[3]:
         raise Unsupported("heads of shapes that the cache doesn't hold")
     if mask is not None and not isinstance(mask, Mask):
-        raise Unsupported("an attention mask or bias of the model's own making")
+        raise Unsupported(OWN_MASK)
     is_causal = keywords.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -254,5 +256,7 @@ def foreign_code() -> Iterator[None]:
     except (Unsupported, MMEngineError):
         raise
     except Exception as error:
+        if isinstance(getattr(error, "obj", None), Mask):  # code that takes it for a tensor
+            raise Unsupported(OWN_MASK) from error
         text = " ".join(str(error).split())
         raise Unsupported(f"its code raised {type(error).__name__}: {text}") from error

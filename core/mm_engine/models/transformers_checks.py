@@ -27,6 +27,8 @@ from mm_engine.models.transformers_attention import (
 #: layer sees is then read from its mask.
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
+NOT_BEHIND_INTERFACE = "its attention doesn't go through transformers' AttentionInterface"
+
 #: Of the numbers' own size; what may differ where the same row is computed among other rows. A
 #: low-precision router's rounding may send a token elsewhere, other mixing is far above both.
 TOLERANCE = {torch.float32: 1e-3}
@@ -48,11 +50,11 @@ def refusing(model_type: str) -> Iterator[None]:
         ) from error
 
 
-def check_config(config: Any, max_len: int) -> None:
-    """See that the config names a model of a kind that can be served up to `max_len` tokens.
+def check_config(config: Any, max_len: int) -> Any:
+    """The class of a config's model, which is of a kind that can be served up to `max_len` tokens.
 
     Raises:
-        Unsupported: it doesn't.
+        Unsupported: it isn't.
     """
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise Unsupported("transformers has no causal language model for it")
@@ -64,6 +66,24 @@ def check_config(config: Any, max_len: int) -> None:
     if not getattr(config, "is_causal", True) or getattr(config, "is_encoder_decoder", False):
         raise Unsupported("attention that isn't causal, or that crosses to an encoder")
     _check_rope(config, max_len)
+    return model_class
+
+
+@contextmanager
+def behind_interface(model_class: Any) -> Iterator[None]:
+    """Say of a model that doesn't claim to use the interface and fails in any way why it did.
+
+    Some use it without claiming to, so the claim alone tells nothing.
+
+    Raises:
+        Unsupported: something in the block isn't supported.
+    """
+    try:
+        yield
+    except Unsupported as error:
+        if model_class._supports_attention_backend:
+            raise
+        raise Unsupported(NOT_BEHIND_INTERFACE) from error
 
 
 def _check_rope(config: Any, max_len: int) -> None:
@@ -95,7 +115,7 @@ def check_behaviour(
     """Run the loaded model over a few tokens that can't see each other, to find other ways.
 
     `causal` is transformers' whole model; `embed`, `run` (embeddings and positions to hidden
-    states) and `logits` are the pieces that the engine will run in its place.
+    states) and `logits` (of the causal model, from hidden states) are its pieces, run apart.
 
     Raises:
         Unsupported: a token's output depends on the others, on the furthest position of the step,
@@ -127,4 +147,5 @@ def differs(expected: Tensor, got: Tensor) -> bool:
     if not bool(expected.isfinite().all()):
         return False  # broken weights: the worker says so, for each request
     size = expected.pow(2).mean().sqrt()
-    return bool((expected - got).pow(2).mean().sqrt() > tolerance * size)
+    # Not `>`: a NaN is no agreement.
+    return not bool((expected - got).pow(2).mean().sqrt() <= tolerance * size)

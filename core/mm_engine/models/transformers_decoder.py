@@ -7,6 +7,7 @@ two tokens: what its layers then ask of attention is what they get, or the check
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -26,23 +27,33 @@ from mm_engine.models.transformers_attention import (
     paged,
     read_layers,
 )
-from mm_engine.models.transformers_checks import check_behaviour, check_config, refusing
+from mm_engine.models.transformers_checks import (
+    NOT_BEHIND_INTERFACE,
+    behind_interface,
+    check_behaviour,
+    check_config,
+    refusing,
+)
 from mm_engine.models.transformers_parts import (
     CalledLinear,
+    Composite,
     HandOver,
     TiedHead,
+    composite_of,
     keep_float32,
     path_of,
 )
 
-NOT_BEHIND_INTERFACE = "its attention doesn't go through transformers' AttentionInterface"
+logger = logging.getLogger(__name__)
 
 
 class TransformersDecoder(nn.Module):
     """A text backbone of transformers with the methods of the native decoder.
 
     It serves what is causal, with sliding windows by layer, soft-capped scores and any scale;
-    everything that isn't attention is transformers' own code. Names of parameters are those of
+    everything that isn't attention is transformers' own code. Logits are those of the model that
+    transformers has for the whole checkpoint (`ctx.hf_config`): many of them run a plain head on
+    backbones whose causal model scales or caps logits. Names of parameters are those of
     transformers' backbone, and `lm_head`.
 
     Raises:
@@ -56,8 +67,11 @@ class TransformersDecoder(nn.Module):
         self.model_type: str = config.model_type
         self.max_len = ctx.max_model_len
         self.is_checked = False
-        with refusing(self.model_type), foreign_code():
-            check_config(config, self.max_len)
+        with (
+            refusing(self.model_type),
+            behind_interface(check_config(config, self.max_len)),
+            foreign_code(),
+        ):
             self.causal: Any = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config),  # transformers writes to it
                 attn_implementation=IMPLEMENTATION,
@@ -74,9 +88,14 @@ class TransformersDecoder(nn.Module):
             #: Where a checkpoint's embeddings are; they may stand for a head that it lacks.
             self.embeddings_name = path_of(base, embedding)
             self.handover = HandOver(base)
-            if getattr(config, "tie_word_embeddings", False) or ctx.hf_config.tie_word_embeddings:
+            tied = (getattr(c, "tie_word_embeddings", False) for c in (config, ctx.hf_config))
+            if any(tied):
                 self.causal.set_submodule(self.head_path, TiedHead(embedding))
             self._install_layers(config.num_hidden_layers)
+        self.composite = self._find_composite(ctx.hf_config, config)
+        if self.composite is not None and not self.composite.has_bias:
+            head: Any = self._head
+            head.bias = None
         #: Checkpoint names of the parts, as `checkpoint_names` reads them.
         self.weight_aliases = {
             "": f"causal.{self.backbone_path}",
@@ -91,8 +110,12 @@ class TransformersDecoder(nn.Module):
     @property
     def lm_head(self) -> nn.Module | None:
         """The head; None if it is tied to the embeddings."""
+        return None if isinstance(self._head, TiedHead) else self._head
+
+    @property
+    def _head(self) -> nn.Module:
         head: nn.Module = self.causal.get_submodule(self.head_path)
-        return None if isinstance(head, TiedHead) else head
+        return head
 
     def untie(self) -> Linear:
         """Make a head, uninitialised: the checkpoint brings one, whatever its config says."""
@@ -130,7 +153,7 @@ class TransformersDecoder(nn.Module):
         if not self.is_checked:
             with refusing(self.model_type):
                 check_behaviour(
-                    self.causal, self.embed_tokens, self._run, self.compute_logits, self.max_len
+                    self.causal, self.embed_tokens, self._run, self._causal_logits, self.max_len
                 )
             self.is_checked = True
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -138,7 +161,32 @@ class TransformersDecoder(nn.Module):
             return self._run(x, positions)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """`[N, hidden]` to `[N, vocab]`, with the causal model's own scaling and capping."""
+        """`[N, hidden]` to `[N, vocab]`, as transformers' model of the whole checkpoint makes them.
+
+        That is with the scaling and capping of the composite model, which may have none; where the
+        backbone's causal model is what transformers runs, with the causal model's.
+        """
+        if self.composite is None:
+            return self._causal_logits(hidden)
+        return self.composite.logits(hidden, self._head)
+
+    def _find_composite(self, hf_config: Any, config: Any) -> Composite | None:
+        try:
+            composite = composite_of(hf_config, config)
+            if composite is not None:
+                like = self.backbone.get_input_embeddings().weight
+                composite.logits(like.new_zeros(1, like.shape[1]), self._head)
+        except Exception as error:  # code of any model
+            logger.warning(
+                "Logits are made as %s makes them: transformers' model of the whole checkpoint "
+                "doesn't make them of hidden states alone (%s).",
+                type(self.causal).__name__,
+                type(error).__name__,
+            )
+            return None
+        return composite
+
+    def _causal_logits(self, hidden: Tensor) -> Tensor:
         with self.handover.of(hidden[None]):
             logits: Tensor = self.causal(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits
@@ -164,12 +212,7 @@ class TransformersDecoder(nn.Module):
             positions = torch.arange(2)[None]
             self.causal(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
 
-        try:
-            layers = read_layers(run, self.max_len)
-        except Unsupported as error:
-            if self.causal._supports_attention_backend:
-                raise
-            raise Unsupported(NOT_BEHIND_INTERFACE) from error
+        layers = read_layers(run, self.max_len)
         if len(layers) != num_layers:
             raise Unsupported(f"{len(layers)} of {num_layers} layers: {NOT_BEHIND_INTERFACE}")
         if self.handover.output_class is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers import AutoModelForImageTextToText
 from transformers.utils.generic import ModelOutput
 
 from mm_engine.models.layers import Linear
@@ -19,7 +21,7 @@ from mm_engine.models.transformers_attention import Unsupported
 class HandOver:
     """Takes the place of a backbone's `forward`, to hand on hidden states without running it.
 
-    So it is the causal model's own code that makes logits of them.
+    So it is the code around the backbone, transformers' own, that makes logits of them.
     """
 
     def __init__(self, backbone: Any) -> None:
@@ -44,6 +46,55 @@ class HandOver:
             yield
         finally:
             self.hidden = None
+
+
+class _Handed(tuple[Tensor]):
+    """Hidden states in place of any class of output: whatever else is asked for is None."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self[0] if name == "last_hidden_state" else None
+
+
+class Composite:
+    """transformers' whole model of images and text, there for its way from hidden states to logits.
+
+    It is built without memory (on the meta device); the head that it runs is the backbone's, which
+    has a bias if the model's own has one.
+    """
+
+    def __init__(self, model: Any, head_path: str) -> None:
+        self.model, self.head_path = model, head_path
+        self.has_bias = getattr(model.get_submodule(head_path), "bias", None) is not None
+        self.handed = _Handed()
+        model.model.forward = lambda *_, **__: self.handed
+
+    def logits(self, hidden: Tensor, head: nn.Module) -> Tensor:
+        """`[N, hidden]` to `[N, vocab]`, through `head`."""
+        self.model.set_submodule(self.head_path, head)
+        self.handed = _Handed([hidden[None]])
+        try:
+            logits: Tensor = self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        finally:
+            self.handed = _Handed()
+        return logits
+
+
+def composite_of(hf_config: Any, text_config: Any) -> Composite | None:
+    """The model that transformers has for a whole checkpoint, if its head is the model's own.
+
+    None where the text backbone's causal model is what makes logits in transformers: it is the
+    checkpoint itself, or a part of the composite model, or transformers knows no composite.
+    """
+    if (
+        hf_config is text_config
+        or type(hf_config) not in AutoModelForImageTextToText._model_mapping
+    ):
+        return None
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(copy.deepcopy(hf_config)).eval()
+    base, head_path = getattr(model, "model", None), path_of(model, model.get_output_embeddings())
+    # A head in a part of the model is the causal model's, which adds what it adds.
+    return Composite(model, head_path) if base is not None and "." not in head_path else None
 
 
 class TiedHead(nn.Module):
