@@ -82,8 +82,12 @@ def test_a_config_that_can_not_be_read(text: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"text_config": 3}, {"text_config": {"model_type": "llama", "hidden_size": "wide"}}],
-    ids=["no-mapping", "no-number"],
+    [
+        {"text_config": 3},
+        {"text_config": {"model_type": "llama", "hidden_size": "wide"}},
+        {"text_config": {"model_type": "llama", "num_attention_heads": 0}},
+    ],
+    ids=["no-mapping", "no-number", "no-heads"],
 )
 def test_a_config_with_values_of_other_types(fields: dict[str, Any], folder: Path) -> None:
     change(folder / "config.json", **fields)
@@ -140,3 +144,14 @@ def test_a_generation_config_that_can_not_be_read(text: str, folder: Path) -> No
 def test_an_end_that_is_no_token_id_is_refused(value: Any, folder: Path) -> None:
     change(folder / "generation_config.json", eos_token_id=value)
     assert "eos_token_id is no token id" in refused(lambda: eos(folder))
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "shards/a.safetensors", "..\\a"])
+def test_an_index_names_files_of_the_checkpoint_only(name: str, folder: Path) -> None:
+    (folder / "shards").mkdir()
+    (folder / "shards" / "a.safetensors").write_bytes(b"")
+    (folder.parent / "secret").write_bytes(b"")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": name}}))
+    said = refused(lambda: checkpoint.weight_files(folder))
+    assert f"names a file outside of the checkpoint: {index} names {name}." in said

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlavaConfig
 
@@ -14,6 +18,7 @@ from checkpoints import make_llava, text_config, vision_config
 from mm_engine.config import EngineConfig
 from mm_engine.errors import PluginError, StartupError
 from mm_engine.models.layers import Linear
+from mm_engine.models.weights import does_not_fit
 from mm_engine.worker.loader import (
     load_model,
     open_model,
@@ -192,3 +197,60 @@ def test_a_class_that_can_not_be_served_is_blamed_on_its_plugin(
     with pytest.raises(PluginError, match=r"my_model\.py.* · model_class .*" + fact):
         load_model(opened, CPU)
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("own", [0, -1, 1.5, "512"])
+def test_a_model_without_positions_is_refused(own: Any) -> None:
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=own))
+    for length in (None, 1):
+        with pytest.raises(StartupError, match=f"^max_position_embeddings must be .*: {own!r}. "):
+            pick_max_model_len(options(max_model_len=length), config)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "qwen3"])
+@pytest.mark.parametrize("hidden_size", [10**8, 10**12])
+def test_a_model_that_does_not_fit_in_memory_is_not_the_plugins_fault(
+    backbone: str, hidden_size: int, tmp_path: Path
+) -> None:
+    path = make_llava(tmp_path, backbone=backbone)
+    fields = json.loads((path / "config.json").read_text())
+    fields["text_config"]["hidden_size"] = hidden_size
+    (path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(StartupError, match="^the model doesn't fit in memory: ") as caught:
+        load_model(open_model(options(model=str(path))), CPU)
+    assert "mm-llava" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("DefaultCPUAllocator"), False),
+    ],
+    ids=repr,
+)
+def test_errors_of_memory_are_told_from_others(error: BaseException, memory: bool) -> None:
+    assert does_not_fit(error) == memory
+
+
+def test_missing_weights_are_named_beside_those_that_nothing_took(
+    saved: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    projector = [name for name in tensors if "multi_modal_projector" in name]
+    assert len(projector) == 4
+    opened = open_model(options(model=str(copy)))
+    renamed = {name.replace("multi_modal_projector", "connector"): t for name, t in tensors.items()}
+    save_file(renamed, copy / "model.safetensors")
+    with pytest.raises(StartupError, match="lacks 4 of the model's tensors, multi_modal") as caught:
+        load_model(opened, CPU)
+    said = str(caught.value)
+    assert said.count("connector.linear_") == 3 and "weight_prefixes" in said
+    known = {name for name in tensors if name not in projector}
+    save_file({name: tensors[name] for name in known}, copy / "model.safetensors")
+    with pytest.raises(StartupError, match="lacks 4 of the model's tensors, multi_modal"):
+        load_model(opened, CPU)

@@ -97,7 +97,7 @@ def read_config(path: Path) -> tuple[Any, str]:
     architecture = read_architecture(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (*UNREADABLE, StrictDataclassError) as error:
+    except (*UNREADABLE, StrictDataclassError, ArithmeticError) as error:
         raise _bad_config(path, error) from error
     if getattr(config, "quantization_config", None):
         raise StartupError(
@@ -164,7 +164,8 @@ def weight_files(path: Path) -> list[Path]:
     """The checkpoint's safetensors files: the one, those that the index names, or all there are.
 
     Raises:
-        StartupError: none, one that the index names is missing, or the index can't be read.
+        StartupError: none, one that the index names is missing or lies outside of the folder, or
+            the index can't be read.
     """
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").is_file():  # it wins over an index, as in transformers
@@ -172,12 +173,18 @@ def weight_files(path: Path) -> list[Path]:
     elif index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            outside = [name for name in names if Path(name).name != name or "\\" in name]
             missing = [name for name in names if not (path / name).is_file()]
         except UNREADABLE as error:
             raise StartupError(
                 f"the index of the weights can't be read: {index} ({_cause(error)}). "
                 "Fetch the checkpoint again."
             ) from error
+        if outside:
+            raise StartupError(
+                f"the index of the weights names a file outside of the checkpoint: {index} names "
+                f"{outside[0]}. Fetch the checkpoint again."
+            )
         if missing:
             raise StartupError(
                 f"weights are missing: {path} lacks {', '.join(missing[:3])}. "

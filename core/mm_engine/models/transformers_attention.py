@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from mm_engine.attention.backend import Attention
 from mm_engine.attention.metadata import AttentionMetadata
 from mm_engine.errors import MMEngineError, StartupError
+from mm_engine.models.weights import does_not_fit
 
 #: The name under which transformers' models find us.
 IMPLEMENTATION = "mm_engine_paged"
@@ -256,6 +257,8 @@ def foreign_code() -> Iterator[None]:
     except (Unsupported, MMEngineError):
         raise
     except Exception as error:
+        if does_not_fit(error):  # the loader says so
+            raise
         if isinstance(getattr(error, "obj", None), Mask):  # code that takes it for a tensor
             raise Unsupported(OWN_MASK) from error
         text = " ".join(str(error).split())

@@ -98,7 +98,8 @@ def num_tower_rows(config: Any, strategy: str) -> int:
     Source: `get_image_features` of transformers' models.
 
     Raises:
-        StartupError: the type isn't listed there; other towers count in their own ways.
+        StartupError: the type isn't listed there (other towers count in their own ways), or its
+            sizes leave no patch.
     """
     table = _known_towers()
     if config.model_type not in table:
@@ -106,7 +107,13 @@ def num_tower_rows(config: Any, strategy: str) -> int:
             f"rows of this type of vision tower aren't known to num_tower_rows: "
             f"{config.model_type}. Count them in the plugin."
         )
-    num_rows: int = (config.image_size // config.patch_size) ** 2
+    image, patch = config.image_size, config.patch_size
+    if type(image) is not int or type(patch) is not int or not 1 <= patch <= image:
+        raise StartupError(
+            f"image_size and patch_size of the vision tower leave no patch: {image!r} and "
+            f"{patch!r} pixels. Correct vision_config in config.json."
+        )
+    num_rows: int = (image // patch) ** 2
     num_rows += table[config.model_type]["class_token"]
     return num_rows - (strategy == "default")
 

@@ -148,6 +148,16 @@ def tied_heads(model: nn.Module) -> dict[str, tuple[Any, str]]:
     }
 
 
+def does_not_fit(error: BaseException) -> bool:
+    """Whether PyTorch or Python found no memory; on a CPU PyTorch has no class of error for it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return any(
+        sign in text for sign in ("alloc_cpu", "DefaultCPUAllocator", "Storage size calculation")
+    )
+
+
 def _copy(name: str, tensor: Tensor, target: Tensor) -> None:
     floating = tensor.is_floating_point() and tensor.element_size() >= 2
     if not floating and tensor.dtype != target.dtype:  # a counter in a buffer is an integer

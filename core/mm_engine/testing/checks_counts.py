@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mm_engine.errors import MMEngineError, RequestError
 from mm_engine.testing.counting import Count, counted, counts_of
@@ -54,13 +55,14 @@ def counts(subject: Subject) -> str:
 
 def _blamed(subject: Subject, count: Count, where: str) -> Fault:
     image = f"an image of {count.size[0]}x{count.size[1]} pixels, the smallest found ({where})"
-    mapped = _mapped_fault(subject, count)
+    tensors = _beside(subject, count)
+    mapped = _mapped_fault(subject, count, tensors)
     if count.error is not None:
         fault = fault_of(count.error)
         if mapped is not None and fault.hook == "embed_images":
             return mapped
         if fault.hook == "embed_images":
-            fault.hint = fault.hint or _batch_hint(subject, count) or STAGES
+            fault.hint = fault.hint or _batch_hint(tensors) or STAGES
         fault.got += f", for {image}"
         return fault
     processor = "input_processor"
@@ -95,19 +97,23 @@ def _blamed(subject: Subject, count: Count, where: str) -> Fault:
     return fault
 
 
-def _mapped_fault(subject: Subject, count: Count) -> Fault | None:
-    """What of the mapper's tensors differs in kind from the image processor's of the same name."""
+def _beside(subject: Subject, count: Count) -> dict[str, tuple[Tensor, Tensor]]:
+    """By name the plugin's own mapper's tensors beside the image processor's of the same name."""
     if subject.oracle is None or count.mapped is None or MAPPER not in subject.plugin.hooks:
-        return None
+        return {}
     try:
         theirs = subject.oracle.mapped([picture(count.size)])
     except Refused:
-        return None
+        return {}
+    return {n: (tensor, theirs[n]) for n, tensor in count.mapped.items() if n in theirs}
+
+
+def _mapped_fault(
+    subject: Subject, count: Count, tensors: dict[str, tuple[Tensor, Tensor]]
+) -> Fault | None:
+    """What of the mapper's tensors differs in kind from the image processor's."""
     width, height = count.size
-    for name, tensor in count.mapped.items():
-        if name not in theirs:
-            continue
-        wanted = theirs[name]
+    for name, (tensor, wanted) in tensors.items():
         wanted = wanted[0] if wanted.ndim > tensor.ndim and len(wanted) == 1 else wanted
         differs = tensor.shape != wanted.shape
         if not differs and not tensor.is_floating_point() and tensor.numel() < 100:
@@ -126,16 +132,10 @@ def _mapped_fault(subject: Subject, count: Count) -> Fault | None:
     return None
 
 
-def _batch_hint(subject: Subject, count: Count) -> str:
+def _batch_hint(tensors: dict[str, tuple[Tensor, Tensor]]) -> str:
     """Name the tensor that looks as the image processor gives it: with a batch dimension."""
-    if subject.oracle is None or count.mapped is None or MAPPER not in subject.plugin.hooks:
-        return ""
-    try:
-        theirs = subject.oracle.mapped([picture(count.size)])
-    except Refused:
-        return ""
-    for name, tensor in count.mapped.items():
-        if name in theirs and tensor.shape == theirs[name].shape and len(tensor) == 1:
+    for name, (tensor, wanted) in tensors.items():
+        if tensor.shape == wanted.shape and len(tensor) == 1:
             return (
                 f"the mapper's {name} is {list(tensor.shape)}, as the image processor gives it "
                 "for a batch of one image: is the batch dimension still there?"

@@ -134,20 +134,15 @@ class Oracle:
         answer: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
         return answer
 
-    def logits(self, inputs: Mapping[str, Any], answer: Sequence[int] = ()) -> Tensor:
-        """`[vocab]`: the logits after the prompt and `answer`.
+    def logits(self, inputs: Mapping[str, Any]) -> Tensor:
+        """`[vocab]`: the logits after the prompt.
 
         Raises:
             Refused: transformers fails on it.
         """
-        extended = dict(inputs)
-        if answer:
-            extra = torch.tensor([list(answer)])
-            extended["input_ids"] = torch.cat([inputs["input_ids"], extra], dim=1)
-            extended["attention_mask"] = torch.ones_like(extended["input_ids"])
         try:
             with torch.inference_mode():
-                logits: Tensor = self.model(**extended).logits[0, -1]
+                logits: Tensor = self.model(**inputs).logits[0, -1]
         except Exception as error:
             raise Refused(one_line(error)) from error
         return logits

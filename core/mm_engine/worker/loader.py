@@ -19,7 +19,7 @@ from mm_engine.errors import MMEngineError, StartupError
 from mm_engine.models import checkpoint
 from mm_engine.models.interfaces import SupportsVision
 from mm_engine.models.layers import pack_linears
-from mm_engine.models.weights import WeightReport, fill_random
+from mm_engine.models.weights import WeightReport, does_not_fit, fill_random
 from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.plugins.discovery import demos, find, load
 from mm_engine.plugins.plugin import Plugin
@@ -110,9 +110,14 @@ def pick_max_model_len(config: EngineConfig, hf_config: Any) -> int:
     """The most tokens of one prompt and its answer: the model's, or less if asked for.
 
     Raises:
-        StartupError: more than the model has positions for, or less than one.
+        StartupError: more than the model has positions for, less than one, or the model has none.
     """
-    own = int(getattr(hf_config.get_text_config(), "max_position_embeddings", 2048))
+    own = getattr(hf_config.get_text_config(), "max_position_embeddings", 2048)
+    if type(own) is not int or own < 1:
+        raise StartupError(
+            f"max_position_embeddings must be a whole number above 0: {own!r}. "
+            "Correct it in config.json."
+        )
     if config.max_model_len is None:
         return own
     if not 1 <= config.max_model_len <= own:
@@ -148,10 +153,26 @@ def load_model(opened: OpenedModel, device: torch.device) -> LoadedModel:
     """Build the plugin's model, load (or draw) its weights, move it to `device`.
 
     Raises:
-        StartupError: weights are missing, corrupt or of other shapes.
+        StartupError: weights are missing, corrupt or of other shapes, or memory is too small.
         PluginError: the plugin's class can't be built.
     """
     start = time.perf_counter()
+    try:
+        model = _load(opened).to(device).eval()
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        pack_linears(model)
+    except (RuntimeError, MemoryError) as error:
+        if not does_not_fit(error):
+            raise
+        raise StartupError(
+            f"the model doesn't fit in memory: {opened.ctx.checkpoint} in {opened.ctx.dtype} on "
+            f"{device} ({one_line(error)}). Serve it where there is more, or correct the sizes in "
+            "config.json."
+        ) from error
+    return LoadedModel(model, num_parameters, time.perf_counter() - start)
+
+
+def _load(opened: OpenedModel) -> Any:
     ctx, plugin, config = opened.ctx, opened.plugin, opened.config
     model_class = plugin.model_class(ctx)
     try:
@@ -160,7 +181,7 @@ def load_model(opened: OpenedModel, device: torch.device) -> LoadedModel:
     except MMEngineError:
         raise
     except BaseException as error:  # SystemExit too: a plugin doesn't end the engine
-        if may_be_the_users(error):
+        if may_be_the_users(error) or does_not_fit(error):
             raise
         fact = f"{model_class.__name__}(ctx) raised {one_line(error)}"
         raise plugin.blame("model_class", fact) from error
@@ -177,7 +198,7 @@ def load_model(opened: OpenedModel, device: torch.device) -> LoadedModel:
         except MMEngineError:
             raise
         except BaseException as error:
-            if may_be_the_users(error):
+            if may_be_the_users(error) or does_not_fit(error):
                 raise
             fact = f"raised {one_line(error)}"
             raise plugin.blame("load_weights", fact, error) from error
@@ -185,14 +206,24 @@ def load_model(opened: OpenedModel, device: torch.device) -> LoadedModel:
             fact = f"expected a WeightReport, got {kind_of(report)}"
             raise plugin.blame("load_weights", fact)
         if report.missing:
-            raise StartupError(
-                f"weights are missing: {ctx.checkpoint} lacks {len(report.missing)} "
-                f"of the model's tensors, {report.missing[0]} among them. "
-                "Fetch the checkpoint again."
-            )
+            raise _missing(ctx, report)
     else:
         raise StartupError(f"load format is not known: {config.load_format}. Use auto or dummy.")
-    model = model.to(device).eval()
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    pack_linears(model)
-    return LoadedModel(model, num_parameters, time.perf_counter() - start)
+    return model
+
+
+def _missing(ctx: ModelContext, report: WeightReport) -> StartupError:
+    """Names what is missing, and what nothing took: they may be the same by other names."""
+    fact = (
+        f"weights are missing: {ctx.checkpoint} lacks {len(report.missing)} of the model's "
+        f"tensors, {report.missing[0]} among them"
+    )
+    if not report.unused:
+        return StartupError(f"{fact}. Fetch the checkpoint again.")
+    ends = {name.rsplit(".", 2)[-2:][0] for name in report.missing}
+    likely_first = sorted(report.unused, key=lambda name: name.rsplit(".", 2)[-2:][0] not in ends)
+    return StartupError(
+        f"{fact}; nothing took {len(report.unused)} of the checkpoint's, such as "
+        f"{', '.join(likely_first[:3])}. If names differ, correct the model's weight_prefixes; "
+        "else fetch the checkpoint again."
+    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from mm_engine.plugins import StartupError
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaModel, SiglipVisionConfig
 
 from mm_llava.counts import num_image_tokens
@@ -45,3 +47,11 @@ def test_count_equals_the_rows_of_transformers(
 
 def test_count_of_the_published_checkpoints() -> None:
     assert num_image_tokens(config_of("clip", 336, 14, "default", -2)) == 576
+
+
+@pytest.mark.parametrize(("image", "patch"), [(32, 0), (0, 8), (8, 32), (-32, 8), ("32", 8)])
+def test_a_tower_without_patches_is_refused(image: Any, patch: int) -> None:
+    vision = SimpleNamespace(model_type="clip_vision_model", image_size=image, patch_size=patch)
+    config = SimpleNamespace(vision_config=vision, vision_feature_select_strategy="default")
+    with pytest.raises(StartupError, match=f"leave no patch: {image!r} and {patch!r} pixels"):
+        num_image_tokens(config)

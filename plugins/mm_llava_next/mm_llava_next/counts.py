@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, NamedTuple
 
 from mm_engine.models import num_tower_rows
 from mm_engine.plugins import StartupError
 from transformers.image_processing_utils import select_best_resolution
+
+#: Far above what models have (granite-vision: 27 pinpoints of up to 10 tiles). The costliest size
+#: is found by going through all pairs of pinpoints.
+MAX_PINPOINTS = 256
+MAX_TILES = 256  # of one pinpoint
 
 
 class Layout(NamedTuple):
@@ -63,7 +69,8 @@ def check(config: Any) -> None:
     """Refuse a config with which `LlavaNextModel.pack_image_features` fails in transformers.
 
     Raises:
-        StartupError: a tile's features don't make a square, or tiles don't fill a pinpoint.
+        StartupError: a tile's features don't make a square, tiles don't fill a pinpoint, or there
+            are more of either than any model has.
     """
     vision, strategy = config.vision_config, config.vision_feature_select_strategy
     num_rows, side = num_tower_rows(vision, strategy), vision.image_size // vision.patch_size
@@ -73,10 +80,34 @@ def check(config: Any) -> None:
             f"({vision.model_type}, strategy {strategy}). Set vision_feature_select_strategy to "
             f"{'default' if strategy == 'full' else 'full'} in config.json."
         )
-    unit, pinpoints = vision.image_size, config.image_grid_pinpoints
-    bad = [size for size in pinpoints if any(side < 1 or side % unit for side in size)]
+    _check_pinpoints(config.image_grid_pinpoints, vision.image_size)
+
+
+def _check_pinpoints(pinpoints: Any, unit: int) -> None:
+    if not isinstance(pinpoints, list | tuple):
+        pinpoints = [pinpoints]
+    if len(pinpoints) > MAX_PINPOINTS:
+        raise StartupError(
+            f"image_grid_pinpoints are too many: {len(pinpoints)}. "
+            f"Give at most {MAX_PINPOINTS} in config.json."
+        )
+    for size in pinpoints:
+        pair = isinstance(size, list | tuple) and len(size) == 2
+        if not pair or any(type(length) is not int for length in size):
+            raise StartupError(
+                f"image_grid_pinpoints must be pairs of whole numbers: got {reprlib.repr(size)}. "
+                "Correct them in config.json."
+            )
+    bad = [size for size in pinpoints if any(length < 1 or length % unit for length in size)]
     if bad or not pinpoints:
         raise StartupError(
             f"image_grid_pinpoints can't be cut into tiles: {bad[0] if bad else pinpoints}. "
             f"Give heights and widths in config.json that are multiples of {unit} pixels."
         )
+    for height, width in pinpoints:
+        num_tiles = height // unit * (width // unit)
+        if num_tiles > MAX_TILES:
+            raise StartupError(
+                f"image_grid_pinpoints cut an image into too many tiles: {height} x {width} pixels "
+                f"into {num_tiles} of {unit} pixels. Give at most {MAX_TILES} tiles in config.json."
+            )

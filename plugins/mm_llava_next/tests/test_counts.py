@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import re
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -204,6 +206,49 @@ def test_what_transformers_cannot_lay_out_is_refused(case: str, hidden: int) -> 
 def test_pinpoint_without_pixels_is_refused() -> None:
     with pytest.raises(StartupError, match=r"tiles: \[0, 32\]"):
         check(config_of(side=32, patch=8, pinpoints=[[32, 32], [0, 32]]))
+
+
+PAIRS = "must be pairs of whole numbers: got "
+ABSURD: dict[str, tuple[Any, str]] = {
+    "flat": ([96, 96], PAIRS + "96. Correct them"),
+    "texts": ([["32", "32"]], PAIRS + "['32', '32']. Correct them"),
+    "floats": ([[32.0, 32.0]], PAIRS + "[32.0, 32.0]. Correct them"),
+    "truths": ([[True, 32]], PAIRS + "[True, 32]. Correct them"),
+    "triple": ([[32, 32], [32, 32, 32]], PAIRS + "[32, 32, 32]. Correct them"),
+    "nothing": (None, PAIRS + "None. Correct them"),
+    "too many": ([[32, 32]] * 1_000_000, "too many: 1000000. Give at most 256"),
+    "too large": ([[960_000, 960_000]], "960000 x 960000 pixels into 900000000 of 32 pixels"),
+    "too long": ([[32, 32], [32 * 257, 32]], "8224 x 32 pixels into 257 of 32 pixels"),
+}
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_absurd_pinpoints_are_refused_at_once(case: str) -> None:
+    config = config_of(side=32, patch=8)
+    config.image_grid_pinpoints, message = ABSURD[case]
+    start = time.perf_counter()
+    with pytest.raises(
+        StartupError, match="^image_grid_pinpoints.* " + re.escape(message)
+    ) as error:
+        largest_size(config)
+    assert time.perf_counter() - start < 1.0
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_as_many_pinpoints_and_tiles_as_allowed_are_gone_through_in_time() -> None:
+    shapes = tuple((rows, columns) for rows in range(1, 17) for columns in range(1, 17))
+    config = config_of(side=32, patch=8, shapes=shapes)
+    start = time.perf_counter()
+    assert largest_size(config) == (512, 512)
+    assert time.perf_counter() - start < 5.0
+
+
+@pytest.mark.parametrize(("image", "patch"), [(32, 0), (0, 8), (8, 32), (-32, 8), ("32", 8)])
+def test_a_tower_without_patches_is_refused(image: Any, patch: int) -> None:
+    vision = SimpleNamespace(model_type="clip_vision_model", image_size=image, patch_size=patch)
+    config = SimpleNamespace(vision_config=vision, vision_feature_select_strategy="default")
+    with pytest.raises(StartupError, match=f"leave no patch: {image!r} and {patch!r} pixels"):
+        largest_size(config)
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
