@@ -35,6 +35,18 @@ def test_what_follows_from_a_renamed_key_is_not_blamed_on_others(
     assert details["processor"] == "because mapper-keys failed"  # it reads the tensors, too
 
 
+def test_a_model_that_lacks_keywords_of_the_default_mapper_may_have_a_mapper(
+    check_source: CheckSource, llava_next: Path
+) -> None:
+    signature = "self, *, pixel_values: Tensor | list[Tensor], image_sizes: Tensor\n    "
+    source = in_one_file()
+    assert signature in source
+    source = source.replace(signature, "self, *, pixel_values: Tensor | list[Tensor]\n    ")
+    (failure,) = check_source(source, "mapper-keys", model=llava_next).failures
+    assert failure.hook == "embed_images"
+    assert "or register a mapper that returns only what the model takes" in (failure.hint or "")
+
+
 @pytest.mark.parametrize("name", DEFECTS)
 def test_defect_is_found_and_the_right_hook_named(
     name: str, check_source: CheckSource, llava_next: Path

@@ -96,7 +96,7 @@ def _keys_fault(subject: Subject, keys: list[str], keywords: list[str]) -> Fault
     theirs = MAPPER in subject.plugin.hooks
     if not theirs or (set(keys) <= names and not set(keywords) <= names):
         expected = f"keywords named as the image processor's tensors: {keys}"
-        if not theirs and not set(keys) <= set(keywords):
+        if not theirs and set(keywords) < set(keys):
             hint += ", or register a mapper that returns only what the model takes"
         return subject.blame("embed_images", expected, str(keywords), hint)
     fault = subject.blame(

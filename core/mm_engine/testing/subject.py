@@ -118,8 +118,13 @@ class Subject:
 
     @cached_property
     def unlimited_pipeline(self) -> InputPipeline:
-        """The pipeline, where an item may take more than `max_tokens`: that has its own check."""
-        return InputPipeline(dataclasses.replace(self.opened, plugin=self.unlimited))
+        """The pipeline, where an item may take more than `max_tokens`: that has its own check.
+
+        It keeps nothing of what it mapped: checks ask twice to see whether hooks say the same.
+        """
+        config = dataclasses.replace(self.opened.config, mm_processor_cache_memory=0)
+        opened = dataclasses.replace(self.opened, config=config, plugin=self.unlimited)
+        return InputPipeline(opened)
 
     @cached_property
     def runner(self) -> ModelRunner:
