@@ -97,6 +97,7 @@ class EngineRun:
             model=config.model,
             max_num_batched_tokens=max_num_batched_tokens,
             block_size=BLOCK_SIZE,
+            enable_prefix_caching=False,  # a prompt computed before wouldn't reach the model
             progress=False,
         )
         self.engine = Engine(
