@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -121,7 +122,8 @@ def trace(
         bundled = demos()
         path = bundled[config.model] if config.model in bundled else locate(config.model)
         on_plugin(find(read_architecture(path), config.plugins).label)
-    opened = open_model(config)
+    # Nothing that a mapper made is kept: the second call is to reach it.
+    opened = open_model(dataclasses.replace(config, mm_processor_cache_memory=0))
     first: list[HookCall] = []
     opened.plugin.observer = first.append
     found = Trace(config.model, opened.plugin.label, opened.ctx.architecture, prompt)
