@@ -42,6 +42,15 @@ def sentencepiece_like(*, prefixed: bool) -> PreTrainedTokenizerFast:
     return wrap_tokenizer(tokenizer)
 
 
+def bytes_only() -> PreTrainedTokenizerFast:
+    """One token for each byte: a word takes as many as it has letters."""
+    names = ["<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
 def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
     """A tokenizer of one of `KINDS`."""
     return make_tokenizer() if kind == "bytes" else sentencepiece_like(prefixed=kind == "prefixed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from mm_engine.config import EngineConfig
@@ -30,6 +31,7 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
     runner = ModelRunner(opened, config)
     max_item_rows = max((opened.plugin.max_tokens(ctx, name) for name in ctx.limits), default=0)
     max_encoder_rows = num_encoder_rows(config, max_item_rows, runner.encoder.bytes_per_row)
+    start = time.perf_counter()
     runner.profile([profile_request])
     num_blocks = num_cache_blocks(
         config,
@@ -39,6 +41,7 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         is_cpu=runner.device.type == "cpu",
     )
     runner.init_cache(num_blocks)
+    profile_seconds = time.perf_counter() - start
     engine = Engine(
         runner,
         config,
@@ -59,6 +62,7 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         architecture=ctx.architecture,
         num_parameters=runner.num_parameters,
         load_seconds=runner.load_seconds,
+        profile_seconds=profile_seconds,
     )
     return engine
 

@@ -19,6 +19,7 @@ class EngineInfo:
     architecture: str
     num_parameters: int
     load_seconds: float
+    profile_seconds: float = 0.0  # the dummy data's run, and the KV cache's allocation
 
 
 @dataclass(frozen=True, slots=True)
