@@ -23,8 +23,9 @@ lint: $(INSTALLED)
 bench: $(INSTALLED) ## Measure against transformers on this machine
 	$(BIN)/python benchmarks/compare.py $(ARGS)
 
-docs: $(INSTALLED) ## Write docs/reference from the hook specifications and the CLI's help
+docs: $(INSTALLED) ## Write docs/reference from hooks and help, README's figures from their records
 	$(BIN)/python docs/generate.py
+	$(BIN)/python benchmarks/table.py
 
 contract: $(INSTALLED) ## Record the public contract; a break needs a new minor version first
 	$(BIN)/python -m mm_engine.contract --record

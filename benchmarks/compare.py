@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +26,8 @@ from rich.progress import Progress
 
 from checkpoint import make_checkpoint
 from mm_engine import LLM, SamplingParams
+from mm_engine.cli.bench.machine import commit, machine, versions
+from table import comparison
 
 IMAGE_TEXT, SHORT_TEXT = 41, 32  # text tokens beside the image
 NUM_DECODED = 24
@@ -170,38 +170,17 @@ def run(path: Path, rounds: int) -> list[Row]:
                 lambda prompt=prompt, count=count: decode_rate(ours, prompt, count),
                 lambda prompt=prompt, count=count: decode_rate(theirs, prompt, count),
             )
-            rows.append(
-                Row(f"decode, {count} sequences, 128 tokens", "tokens/s", a, b, higher=True)
-            )
+            plural = "s" * (count > 1)
+            name = f"decode, {count} sequence{plural}, 128-token prompt{plural}"
+            rows.append(Row(name, "tokens/s", a, b, higher=True))
         a, b = measure(
             max(1, rounds // 2),
             tick,
             lambda: ours.seconds(short_ids, fresh(16), 16, 64),
             lambda: theirs.seconds(short_ids, fresh(16), 16, 64),
         )
-        rows.append(Row("16 × (image + 32 → 64 tokens)", "s", a, b, higher=False))
+        rows.append(Row("16 × (image + 32 → 64 tokens), end to end", "s", a, b, higher=False))
     return rows
-
-
-def machine() -> str:
-    """Processor, cores and versions."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return (
-        f"{name}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}"
-    )
-
-
-def commit() -> str:
-    """The commit measured, or `unknown`."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -212,27 +191,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     rows = run(make_checkpoint(args.checkpoint), args.rounds)
-    print(f"{machine()}\n")
-    print("| | mm-engine | transformers | ratio |\n|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row.name} | {row.ours:.2f} {row.unit} | {row.theirs:.2f} {row.unit} | "
-            f"**{row.ratio:.2f}×** |"
-        )
+    record = {
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "rounds": args.rounds,
+        "rows": [
+            {
+                **{k: getattr(row, k) for k in ("name", "unit", "ours", "theirs")},
+                "ratio": row.ratio,
+            }
+            for row in rows
+        ],
+    }
+    print(comparison(record))
     if args.json:
-        record = {
-            "machine": machine(),
-            "commit": commit(),
-            "date": time.strftime("%Y-%m-%d"),
-            "rounds": args.rounds,
-            "rows": [
-                {
-                    **{k: getattr(row, k) for k in ("name", "unit", "ours", "theirs")},
-                    "ratio": row.ratio,
-                }
-                for row in rows
-            ],
-        }
         args.json.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 

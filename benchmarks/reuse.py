@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from checkpoint import make_checkpoint
-from compare import commit, machine
 from mm_engine import LLM, SamplingParams
+from mm_engine.cli.bench.machine import commit, machine, versions
 
 NUM_TEXT = 40  # tokens of a question
 FIRST_TOKEN = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
@@ -61,6 +61,7 @@ def main() -> None:
     figures = [statistics.median(values) for values in (first, second)]
     record = {
         "machine": machine(),
+        "versions": versions(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "rounds": args.rounds,

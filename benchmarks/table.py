@@ -1,0 +1,63 @@
+"""Write the README's tables of figures from the records in benchmarks/results/ (`make docs`).
+
+Records of comparisons (those with `rows`) make one table each, in the order of their files' names;
+what stands between the markers is this script's. A test fails where the README is behind.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN = "<!-- Written by benchmarks/table.py from benchmarks/results/: run `make docs`. -->"
+END = "<!-- End of what benchmarks/table.py writes. -->"
+
+
+def comparison(record: Mapping[str, Any]) -> str:
+    """A comparison as a Markdown table, with a line about how it was measured."""
+    lines = ["| | mm-engine | transformers | ratio |", "|---|---|---|---|"]
+    for row in record["rows"]:
+        ours, theirs = (figure(row[side], row["unit"]) for side in ("ours", "theirs"))
+        lines.append(f"| {row['name']} | {ours} | {theirs} | **{row['ratio']:.2f}×** |")
+    versions = record.get("versions", {})  # older records name them with the machine
+    parts = [record["machine"]]
+    parts += [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
+    commit = str(record["commit"] or "unknown")[:7]
+    lines += ["", f"{', '.join(parts)}; medians of {record['rounds']} rounds, commit {commit}, "]
+    lines[-1] += f"{record['date']}."
+    return "\n".join(lines)
+
+
+def figure(value: float, unit: str) -> str:
+    """Three digits and the unit: 1.39 s, 288 tokens/s."""
+    digits = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{digits} {unit}"
+
+
+def tables() -> str:
+    """The tables of all comparisons on record."""
+    records = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    return "\n\n".join(comparison(record) for record in records if "rows" in record)
+
+
+def updated(text: str) -> str:
+    """A page with the tables between its markers."""
+    between = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    new, count = between.subn(lambda _: f"{BEGIN}\n\n{tables()}\n\n{END}", text)
+    assert count == 1, "README.md has lost the markers"
+    return new
+
+
+def main() -> None:
+    """Write them."""
+    README.write_text(updated(README.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
