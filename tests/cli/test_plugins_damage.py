@@ -64,7 +64,7 @@ def test_escape_sequences_in_a_report_are_shown_not_obeyed(tmp_path: Path) -> No
     assert plain.returncode == 1
     assert r"raised ValueError: \x1b[31m [/INST] \ud800" in plain.stdout
     json_too = engine("plugins", "check", str(file), "-m", "llava-demo", "--json")
-    assert "\x1b[31m [/INST] \ud800" in json.loads(json_too.stdout)["results"][0]["got"]
+    assert r"\x1b[31m [/INST] \ud800" in json.loads(json_too.stdout)["results"][0]["got"]
     trace = engine("plugins", "trace", "llava-demo", "--plugin", str(file))
     assert trace.returncode == 1
     assert r"raised ValueError: \x1b[31m [/INST] \ud800" in trace.stderr

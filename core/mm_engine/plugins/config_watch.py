@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 
 class ConfigWatch:
-    """What a config and the configs in it said when the watch began."""
+    """What a config and the configs in it said before hooks were called; entered for each call.
+
+    Between calls others may write: transformers does so when it builds a model.
+    """
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        self._before = [(part, copy.deepcopy(_public(part))) for part in _parts(config)]
+        self._config = config
+        self._before: list[tuple[PreTrainedConfig, dict[str, Any]]] = []
+        self._num_calls = 0  # under way
+        self._lock = Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            # While another call is under way, what it has written must not count as given.
+            if not self._num_calls and any(_public(part) != old for part, old in self._before):
+                self._before = []
+            if not self._before:
+                parts = _parts(self._config)
+                self._before = [(part, copy.deepcopy(_public(part))) for part in parts]
+            self._num_calls += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_calls -= 1
 
     def restore(self) -> str | None:
         """Undo what was changed since, and return the name of one changed attribute."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -37,6 +37,8 @@ from mm_engine.plugins.record import PluginRecord
 from mm_engine.plugins.registration import hook_names, register
 from mm_engine.plugins.retired import caller, retired_uses
 from mm_engine.request import PromptInputs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +147,11 @@ class Plugin:
         ours = mapper is defaults.map_image
         place = "mm-engine's default" if ours else place_of(mapper)
         given = item if ours else copy_of(item)
-        tensors = self._guard(hook, mapper, lambda: mapper(ctx, given), self._line(hook, place))
-        fault = fault_of_mapped(tensors) or self._changed_config()
+        line = self._line(hook, place)
+        tensors, fault = self._unchanging(
+            lambda: self._guard(hook, mapper, lambda: mapper(ctx, given), line)
+        )
+        fault = fault_of_mapped(tensors) or fault
         if fault is None and not equal_items(given, item):
             fault = f"expected the given {modality} unchanged, got it modified"
         keys = self._keys.setdefault(modality, frozenset(tensors)) if fault is None else None
@@ -165,6 +170,7 @@ class Plugin:
             RequestError: the prompt is at fault, as one with too few placeholders.
             PluginError: the processor is.
         """
+        self._prepare(ctx)
         hook = "input_processor"
         own = hook in self._functions and any(inputs.mapped.values())
         originals, mapped = inputs.multi_modal_data, inputs.mapped
@@ -177,8 +183,9 @@ class Plugin:
         before = fingerprint(inputs)
         # Without items there is nothing to expand: a placeholder left in the text is the
         # caller's fault, which the default says; the hook is for prompts with items.
+        fault: str | None = None
         if own:
-            result = self._call(hook, ctx=ctx, inputs=inputs)
+            result, fault = self._unchanging(lambda: self._call(hook, ctx=ctx, inputs=inputs))
         else:
             result = self.observed(
                 hook,
@@ -201,7 +208,7 @@ class Plugin:
             )
         if not same:
             raise self.blame(hook, "expected the given inputs unchanged, got them modified")
-        fault = self._changed_config() or fault_of_processed(
+        fault = fault or fault_of_processed(
             inputs, result, lambda modality: self.max_tokens(ctx, modality)
         )
         if fault is not None:
@@ -246,12 +253,15 @@ class Plugin:
             fact = f"expected a text with 1 token {image_token(ctx)}, got {num_found} of it"
             raise self.blame("placeholder_text", fact)
 
-    def _changed_config(self) -> str | None:
-        """Say what a hook wrote to the config, which is every request's; it is undone."""
-        changed = self._config.restore() if self._config is not None else None
-        if changed is None:
-            return None
-        return f"expected ctx.hf_config unchanged, got another {changed}"
+    def _unchanging(self, call: Callable[[], T]) -> tuple[T, str | None]:
+        """Return `call()`, and what it wrote to the config as a fault; that is undone."""
+        assert self._config is not None  # _prepare has been called
+        with self._config:
+            try:
+                result = call()
+            finally:
+                changed = self._config.restore()
+        return result, changed and f"expected ctx.hf_config unchanged, got another {changed}"
 
     def _mapper(self, ctx: ModelContext, modality: str) -> Mapper:
         self._prepare(ctx)

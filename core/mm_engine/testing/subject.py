@@ -30,7 +30,7 @@ from mm_engine.worker.encoder import batch
 from mm_engine.worker.loader import OpenedModel, load_model, open_model
 from mm_engine.worker.model_runner import ModelRunner
 
-HOOK_TIMEOUT = 30.0  # seconds that one call of a hook may take here, as when it is served
+HOOK_TIMEOUT = 10.0  # seconds that one call of a hook may take here
 CPU = torch.device("cpu")
 
 

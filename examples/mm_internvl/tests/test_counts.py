@@ -88,7 +88,7 @@ def test_a_prompt_is_that_of_the_processor(
     processor: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     images = [Image.new("RGB", size, "teal") for size in ((64, 32), (40, 40))]
     for number, image in enumerate(images):
@@ -100,7 +100,7 @@ def test_a_prompt_is_that_of_the_processor(
     with pytest.raises(SystemExit) as end:  # in this process: another would import torch again
         engine.load()()
     assert not end.value.code
-    parts = json.loads(capsys.readouterr().out)["after"]
+    parts = json.loads(capfd.readouterr().out)["after"]
     ids = [token for part in parts for token in part["token_ids"] * part["count"]]
 
     content = [*[{"type": "image"}] * 2, {"type": "text", "text": "Which is wider?"}]
