@@ -102,3 +102,9 @@ def test_tokenizer_without_the_configs_image_token_is_refused(
 def test_image_token_that_the_config_contradicts_is_not_used(ctx: ModelContext) -> None:
     ctx.tokenizer.image_token = "a"
     assert image_token(ctx) == "<image>"
+
+
+def test_count_beyond_all_reason_is_refused_before_memory_is_taken() -> None:
+    inputs = PromptInputs(prompt_token_ids=(1, 7, 2))
+    with pytest.raises(ValueError, match=r"expected counts of 1 to 1048576, got \[1000000000\]"):
+        expand_placeholders(inputs, 7, [10**9])
