@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+#: What `engine serve` bounds `max_decode_slowdown` by.
+SERVED_DECODE_SLOWDOWN = 1.75
 DEFAULT_LIMITS: Mapping[str, int] = {"image": 8}
 
 
@@ -29,6 +32,9 @@ class EngineConfig:
     max_model_len: int | None = None  # prompt and output together, tokens
     max_num_seqs: int = 64  # sequences in one step
     max_num_batched_tokens: int = 2048  # tokens in one step, prefill chunks and decodes together
+    #: How many times as long a step may take for the prompts and images that it holds beside
+    #: decodes. `inf`: as long as max_num_batched_tokens make it.
+    max_decode_slowdown: float = math.inf
     block_size: int = 16  # tokens in one block of the KV cache
     kv_cache_memory: int | None = None  # bytes; None: what is left after the profile run
     enable_prefix_caching: bool = True  # prompts that begin alike are computed once
@@ -64,6 +70,9 @@ class EngineConfig:
         _check(ok, "mm_processor_cache_memory", kept, "an integer of at least 0")
         ok = isinstance(self.step_timeout, int | float) and self.step_timeout > 0
         _check(ok, "step_timeout", self.step_timeout, "a number of seconds above 0")
+        slowdown = self.max_decode_slowdown
+        ok = isinstance(slowdown, int | float) and slowdown > 1
+        _check(ok, "max_decode_slowdown", slowdown, "a number above 1, or inf for no limit")
         share = self.memory_utilization
         ok = isinstance(share, int | float) and 0 < share <= 1
         _check(ok, "memory_utilization", share, "a number above 0 and up to 1")

@@ -60,12 +60,13 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete `prompts`; the answers come in their order.
 
-        `sampling_params` is one for all or one for each. A progress bar shows on a terminal
-        unless `use_tqdm` is False. A request that fails on its way has `error` set, as has one on
-        which a hook of the plugin fails.
+        `sampling_params` is one for all or one for each; `priority` one number for each: lower
+        ones run first. A progress bar shows on a terminal unless `use_tqdm` is False. A request
+        that fails on its way has `error` set, as has one on which a hook of the plugin fails.
 
         Raises:
             RequestError: a prompt is at fault; none has been run then.
@@ -76,7 +77,7 @@ class LLM:
             _or_error(self.pipeline.prepare, _inputs(prompt), cache_salt=_salt(prompt))
             for prompt in many
         ]
-        return self._run(prepared, sampling_params, use_tqdm)
+        return self._run(prepared, sampling_params, use_tqdm, priority)
 
     def chat(
         self,
@@ -122,6 +123,7 @@ class LLM:
         prepared: Sequence[PreparedPrompt | PluginError],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         if sampling_params is None:
             sampling_params = SamplingParams()
@@ -133,16 +135,17 @@ class LLM:
                 f"{len(prepared)}. Give one, or one for each prompt.",
                 param="sampling_params",
             )
+        priorities = _priorities(priority, len(prepared))
         results: dict[str, RequestOutput] = {}
         requests = []
-        for prompt, params in zip(prepared, sampling_params, strict=True):
+        for prompt, params, rank in zip(prepared, sampling_params, priorities, strict=True):
             self._num_requests += 1
             if isinstance(prompt, PluginError):
                 error = ErrorInfo("PluginError", str(prompt))
                 request_id = str(self._num_requests)
                 results[request_id] = RequestOutput(request_id, finished=True, error=error)
                 continue
-            request = self.pipeline.request(prompt, params, str(self._num_requests))
+            request = self.pipeline.request(prompt, params, str(self._num_requests), priority=rank)
             requests.append(request)
             results[request.request_id] = RequestOutput(
                 request.request_id,
@@ -241,6 +244,21 @@ def _checked(salt: Any) -> str:
             f"cache_salt is not a text: {type(salt).__name__}. Give a str.", param="cache_salt"
         )
     return salt
+
+
+def _priorities(priority: Any, num_prompts: int) -> Sequence[int]:
+    """A priority for each prompt, 0 for all if none is given."""
+    if priority is None:
+        return [0] * num_prompts
+    if not isinstance(priority, Sequence) or any(type(number) is not int for number in priority):
+        raise RequestError("priority must hold integers, one for each prompt.", param="priority")
+    if len(priority) != num_prompts:
+        raise RequestError(
+            f"priority doesn't match the prompts: {len(priority)} for {num_prompts}. "
+            "Give one for each prompt.",
+            param="priority",
+        )
+    return priority
 
 
 def _inputs(prompt: Any) -> PromptInputs:

@@ -72,3 +72,4 @@ class Request:
     items: tuple[Item, ...] = ()  # in order of offset
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""  # nothing is shared between requests of different salts
+    priority: int = 0  # lower goes first; equal ones in order of arrival

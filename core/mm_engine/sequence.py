@@ -33,6 +33,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)  # owner: engine/kv_cache.py
     block_keys: list[bytes] = field(default_factory=list)  # owner: engine/block_keys.py
     status: SequenceStatus = SequenceStatus.WAITING  # owner: engine/scheduler.py
+    arrival: int = 0  # how many came before it; owner: engine/scheduler.py
     finish_reason: str | None = None  # owner: engine/engine.py
     num_preemptions: int = 0
     detokenizer: Any = None  # owner: engine/detokenizer.py
@@ -40,6 +41,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Whose turn is first: the lower priority number, then the earlier arrival."""
+        return self.request.priority, self.arrival
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -96,12 +102,21 @@ class ScheduledSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodeSlice:
+    """A piece of one item's encoding: as much as `seconds` allow. The next goes on from there."""
+
+    item: Item
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class ScheduledBatch:
     """The plan of one step: who runs, how many tokens each, and which items are encoded first."""
 
     sequences: tuple[ScheduledSequence, ...]
     encode: tuple[Item, ...] = ()  # each content key once; their features go to the encoder cache
     evict: tuple[str, ...] = ()  # content keys whose features the worker drops before encoding
+    encode_slice: EncodeSlice | None = None  # no sequence of this step needs that item's features
 
     @property
     def num_tokens(self) -> int:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from engine_process import CONFIG
 from mm_engine.config import EngineConfig
 from mm_engine.engine.engine import Engine
+from mm_engine.engine.pace import Pace
 from mm_engine.inputs.pipeline import InputPipeline
 from mm_engine.outputs import ErrorInfo, RequestOutput
 from mm_engine.request import Item, PlaceholderRange, Request
@@ -85,6 +86,8 @@ class CheckingRunner:
         self.num_mixed_steps = 0  # prefill chunks and decodes together
         self.num_cut_items = 0  # chunks that end inside an item
         self.encoded: list[str] = []
+        self.begun: dict[str, float] = {}  # content key of what is encoded in slices -> seconds
+        self.num_slices = 0
         self.order: list[list[tuple[str, int]]] = []  # per step: (request id, tokens)
 
     def run(self, batch: ScheduledBatch) -> list[SampledToken]:
@@ -92,14 +95,16 @@ class CheckingRunner:
         for key in batch.evict:
             self.features.pop(key, None)
         errors: dict[str, ErrorInfo] = {}
+        self._encode_slice(batch)
         for item in batch.encode:
+            self.begun.pop(item.content_key, None)
             assert item.content_key not in self.features or self.failed, "encoded twice"
             if item.content_key in self.bad_items:
                 errors[item.content_key] = self.bad_items[item.content_key]
                 continue
             self.features[item.content_key] = item.placeholder.length
             self.encoded.append(item.content_key)
-        assert sum(self.features.values()) <= self.max_rows
+        assert sum(self.features.values()) + self._begun_rows <= self.max_rows
         self._raise_if_told(batch)
         sampled = [self._compute(share, errors) for share in batch.sequences]
         self.order.append(
@@ -108,8 +113,37 @@ class CheckingRunner:
         self.after_run()
         return sampled
 
+    @property
+    def slice_is_last(self) -> bool:
+        return not self.begun
+
+    def _encode_slice(self, batch: ScheduledBatch) -> None:
+        """A second for each row. A bad item fails when it is needed."""
+        self._begun_rows = 0
+        if batch.encode_slice is None:
+            return
+        self.num_slices += 1
+        item, key = batch.encode_slice.item, batch.encode_slice.item.content_key
+        assert not batch.encode, "and no other one whole"
+        assert key not in self.features, "encoded twice"
+        assert self.begun.keys() <= {key}, "one at a time"
+        for share in batch.sequences:
+            for other in share.sequence.request.items:
+                place = other.placeholder
+                touched = place.offset < share.end and place.end > share.start
+                assert other.content_key != key or not touched, "it isn't there yet"
+        self.begun[key] = self.begun.get(key, 0.0) + batch.encode_slice.seconds
+        if self.begun[key] < item.placeholder.length:
+            self._begun_rows = item.placeholder.length
+            return
+        del self.begun[key]
+        if key not in self.bad_items:
+            self.features[key] = item.placeholder.length
+            self.encoded.append(key)
+
     def _check_sizes(self, batch: ScheduledBatch) -> None:
-        assert 0 < batch.num_tokens <= self.config.max_num_batched_tokens
+        assert batch.num_tokens <= self.config.max_num_batched_tokens
+        assert batch.num_tokens or batch.encode
         assert len(batch.sequences) <= self.config.max_num_seqs
         assert len({id(share.sequence) for share in batch.sequences}) == len(batch.sequences)
         keys = [item.content_key for item in batch.encode]
@@ -184,8 +218,7 @@ def new_request() -> Callable[..., Request]:
     """`new_request("id", [3, "a", 2], ...)`: three tokens, the image a, two tokens.
 
     An image's length in tokens is given by `lengths`, 4 if it isn't; `salt` is the request's
-    `cache_salt`. Further keywords are
-    sampling parameters.
+    `cache_salt`. Further keywords are sampling parameters.
     """
 
     def make(
@@ -194,6 +227,7 @@ def new_request() -> Callable[..., Request]:
         *,
         lengths: dict[str, int] | None = None,
         salt: str = "",
+        priority: int = 0,
         **params: Any,
     ) -> Request:
         ids: list[int] = []
@@ -207,7 +241,9 @@ def new_request() -> Callable[..., Request]:
             items.append(Item(place, part, {"pixel_values": torch.zeros(1)}))
             ids += [PLACEHOLDER_ID] * length
         sampling_params = SamplingParams(**{"max_tokens": 4, "temperature": 0.0, **params})
-        return Request(request_id, tuple(ids), sampling_params, tuple(items), (EOS_ID,), salt)
+        return Request(
+            request_id, tuple(ids), sampling_params, tuple(items), (EOS_ID,), salt, priority
+        )
 
     return make
 
@@ -217,11 +253,23 @@ def new_engine(tokenizer: PreTrainedTokenizerFast) -> Callable[..., tuple[Engine
     """`new_engine(num_blocks=8, block_size=2, ...)`: an engine over a `CheckingRunner`."""
 
     def make(
-        *, num_blocks: int = 64, max_rows: int = 64, vocab: int = 20, **options: Any
+        *,
+        num_blocks: int = 64,
+        max_rows: int = 64,
+        vocab: int = 20,
+        pace: Pace | None = None,
+        **options: Any,
     ) -> tuple[Engine, CheckingRunner]:
         config = EngineConfig(**{"model": "none", "block_size": 4, **options})
         runner = CheckingRunner(config, num_blocks, max_rows, vocab)
-        engine = Engine(runner, config, tokenizer, num_blocks=num_blocks, max_encoder_rows=max_rows)
+        engine = Engine(
+            runner,
+            config,
+            tokenizer,
+            num_blocks=num_blocks,
+            max_encoder_rows=max_rows,
+            pace=pace,
+        )
         return engine, runner
 
     return make

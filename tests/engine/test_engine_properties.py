@@ -8,8 +8,10 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from mm_engine.engine.pace import Pace
 from mm_engine.errors import RequestError
 
+TIMES = [(1, 1.0), (4, 1.5), (8, 4.0)]  # tokens in a step, seconds
 LENGTHS = {"a": 1, "b": 3, "c": 5, "d": 8}  # tokens of each image
 
 
@@ -22,6 +24,7 @@ class Arrival:
     abort_after: int | None  # steps later
     abort_in_step: bool  # between schedule and process
     salt: str
+    priority: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Sizes:
     max_num_seqs: int
     max_rows: int
     enable_prefix_caching: bool
+    max_decode_slowdown: float | None
 
 
 parts = st.lists(
@@ -46,6 +50,7 @@ arrivals = st.builds(
     abort_after=st.one_of(st.none(), st.none(), st.integers(0, 12)),
     abort_in_step=st.booleans(),
     salt=st.sampled_from(["", "", "mine"]),
+    priority=st.sampled_from([0, 0, 0, -1, 5]),
 )
 sizes = st.builds(
     Sizes,
@@ -55,6 +60,7 @@ sizes = st.builds(
     max_num_seqs=st.integers(1, 5),
     max_rows=st.integers(4, 14),
     enable_prefix_caching=st.booleans(),
+    max_decode_slowdown=st.sampled_from([None, 1.1, 2.0, 4.0]),
 )
 
 
@@ -70,6 +76,7 @@ def test_every_request_ends_as_it_would_alone(
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_num_seqs=sizes.max_num_seqs,
         enable_prefix_caching=sizes.enable_prefix_caching,
+        pace=sizes.max_decode_slowdown and Pace(TIMES, sizes.max_decode_slowdown),
     )
     requests = {
         f"r{i}": new_request(
@@ -77,6 +84,7 @@ def test_every_request_ends_as_it_would_alone(
             arrival.parts,
             lengths=LENGTHS,
             salt=arrival.salt,
+            priority=arrival.priority,
             max_tokens=arrival.max_tokens,
             n=arrival.n,
         )
@@ -140,6 +148,8 @@ def test_every_request_ends_as_it_would_alone(
     event(f"preempted: {stats.num_preemptions > 0}")
     event(f"mixed: {runner.num_mixed_steps > 0}")
     event(f"cut inside an image: {runner.num_cut_items > 0}")
+    assert not runner.begun
+    event(f"encoded in slices: {runner.num_slices > 0}")
     event(f"encoded again: {len(set(runner.encoded)) < len(runner.encoded)}")
 
 

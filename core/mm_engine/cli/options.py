@@ -64,6 +64,15 @@ Seed = Annotated[
         help="For requests that bring no seed, and for dummy weights.", rich_help_panel=MODEL_PANEL
     ),
 ]
+MaxDecodeSlowdown = Annotated[
+    float,
+    typer.Option(
+        min=1.0,
+        help="How many times as long prompts and images may make a step that answers others, "
+        "above 1. Lower: answers flow more evenly; higher: new ones begin sooner; inf: no limit.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
 KVCacheMemory = Annotated[
     str | None,
     typer.Option(

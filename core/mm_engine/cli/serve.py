@@ -8,6 +8,7 @@ import typer
 
 from mm_engine.cli import options
 from mm_engine.cli.model_choice import choose_model, model_names
+from mm_engine.config import SERVED_DECODE_SLOWDOWN
 
 SERVER_PANEL = "Server"
 
@@ -126,6 +127,7 @@ def serve(
             rich_help_panel=options.MEMORY_PANEL,
         ),
     ] = 16,
+    max_decode_slowdown: options.MaxDecodeSlowdown = SERVED_DECODE_SLOWDOWN,
     kv_cache_memory: options.KVCacheMemory = None,
     enable_prefix_caching: Annotated[
         bool,
@@ -184,6 +186,7 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        max_decode_slowdown=max_decode_slowdown,
         block_size=block_size,
         kv_cache_memory=options.parse_size(kv_cache_memory, "--kv-cache-memory")
         if kv_cache_memory

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from typing import TYPE_CHECKING
 
 from mm_engine.config import EngineConfig
 from mm_engine.engine.engine import Engine
+from mm_engine.engine.pace import MIN_PROMPT_TOKENS, Pace
 from mm_engine.engine.status import EngineInfo
 from mm_engine.errors import StartupError
 from mm_engine.request import Request
@@ -14,6 +17,8 @@ from mm_engine.worker.model_runner import ModelRunner
 
 if TYPE_CHECKING:
     from mm_engine.worker.loader import OpenedModel
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_ENCODER_CACHE = 128 * 2**20  # bytes
 
@@ -41,6 +46,7 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         is_cpu=runner.device.type == "cpu",
     )
     runner.init_cache(num_blocks)
+    pace = _pace(runner, config, max_tokens=num_blocks * config.block_size)
     profile_seconds = time.perf_counter() - start
     engine = Engine(
         runner,
@@ -49,6 +55,7 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         num_blocks=num_blocks,
         max_model_len=ctx.max_model_len,
         max_encoder_rows=max_encoder_rows,
+        pace=pace,
         model=f"{ctx.checkpoint} · {opened.plugin.label} · {ctx.architecture} · {ctx.dtype}",
     )
     engine.info = EngineInfo(
@@ -65,6 +72,26 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         profile_seconds=profile_seconds,
     )
     return engine
+
+
+def _pace(runner: ModelRunner, config: EngineConfig, *, max_tokens: int) -> Pace | None:
+    """What the config's `max_decode_slowdown` means on this machine, by measuring some steps."""
+    if math.isinf(config.max_decode_slowdown):
+        return None
+    # Beyond twice the tokens that all decodes can have at once, the times are taken to go on
+    # rising as they do there.
+    most = min(max_tokens, config.max_num_batched_tokens, max(64, 4 * config.max_num_seqs))
+    pace = Pace(runner.time_steps(most), config.max_decode_slowdown)
+    for num_decodes in (1, 8, config.max_num_seqs):
+        seconds = pace.spare_seconds(num_decodes)
+        num_tokens = pace.num_tokens_more(num_decodes, seconds, config.max_num_batched_tokens)
+        logger.info(
+            "Beside %d decodes, which take %.1f ms, a step takes up to %d tokens of prompts.",
+            num_decodes,
+            1000 * pace.seconds(num_decodes),
+            max(num_tokens, MIN_PROMPT_TOKENS),
+        )
+    return pace
 
 
 def num_encoder_rows(config: EngineConfig, max_item_rows: int, bytes_per_row: int) -> int:

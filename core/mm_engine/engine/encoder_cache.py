@@ -21,6 +21,10 @@ class EncoderCache:
     until their rows are wanted; the least recently used go first.
 
     `max_step_rows` bounds the rows encoded in one step, except that one item always may be.
+
+    In a step that calls `slice_items` nothing is encoded whole. One item at a time is then encoded
+    over several steps: it takes its rows when that begins, is pinned by the cache itself, and can
+    be had when `complete` has been called.
     """
 
     def __init__(self, max_rows: int, max_step_rows: int) -> None:
@@ -36,19 +40,65 @@ class EncoderCache:
         self._num_step_rows = 0
         self._evict: list[str] = []  # since the last plan that was handed out
         self._refused = False  # somebody lacked rows in this step
+        self._sliced = False  # this step encodes no item whole
+        self._wanted: Item | None = None  # the first whose lack cut a chunk of this step
+        self._coming: Item | None = None  # is being encoded over several steps
+        self._ending: Item | None = None  # was such a one; this step encodes the rest of it
+        self._untaken: set[str] = set()  # encoded in slices, and not yet had by who wanted them
 
     @property
     def num_rows(self) -> int:
         """Rows of all resident features; never above `max_rows`."""
         return self._num_rows
 
+    @property
+    def is_encoding(self) -> bool:
+        """Whether the plan encodes something whole, or something has been encoded in part."""
+        return bool(self._encode or self._coming)
+
     def begin_step(self) -> None:
         """Start to plan a step. Pins whose ranges have been computed are dropped."""
         assert not self._encode, "a plan with items to encode was not handed out"
         self._num_step_rows = 0
         self._refused = False
+        self._sliced = False
+        self._wanted = None
+        if self._ending is not None:
+            self._unpin_key(self._ending.content_key)
+            self._ending = None
         for sequence in list(self._pinned_by):
             self._unpin(sequence, up_to=sequence.num_computed_tokens)
+
+    def slice_items(self) -> None:
+        """From here on, this step encodes no item whole."""
+        self._sliced = True
+
+    def finish_slices(self) -> None:
+        """Let this step encode the rest of what was encoded in part."""
+        if self._coming is not None:
+            self._encode.append(self._coming)
+            self._num_step_rows += self._coming.placeholder.length
+            self._untaken.add(self._coming.content_key)
+            self._ending, self._coming = self._coming, None  # pinned while this step is planned
+
+    def next_slice(self, *, wanted: bool) -> Item | None:
+        """The item of which this step may encode a slice, if there is one.
+
+        With `wanted` only if a sequence that has asked in this step lacks an item.
+        """
+        if self._coming is None and self._wanted is not None:
+            self._coming = self._wanted
+            self._num_pins[self._coming.content_key] += 1
+            self._reserve(self._coming)
+            return self._coming
+        return None if wanted and self._wanted is None else self._coming
+
+    def complete(self) -> None:
+        """Note that the item that was encoded in slices is whole."""
+        assert self._coming is not None
+        self._unpin_key(self._coming.content_key)
+        self._untaken.add(self._coming.content_key)
+        self._coming = None
 
     def cut(self, sequence: Sequence, num_new_tokens: int) -> int:
         """How many of the next `num_new_tokens` can be computed, for all that features decide.
@@ -66,14 +116,18 @@ class EncoderCache:
         seen: set[str] = set()
         for item in needed:
             key, rows = item.content_key, item.placeholder.length
-            if key in self._num_pins or key in seen:
+            is_coming = self._coming is not None and self._coming.content_key == key
+            if not is_coming and (key in self._num_pins or key in seen):
                 continue
             # A running sequence has pinned the range that it has begun. One that is yet to be
             # admitted may begin inside a range, where the KV cache holds the first part: it gets
             # the features with its first chunk, or isn't admitted.
             before = max(0, item.placeholder.offset - start)
-            if self._refused or num_pinned_rows + rows > self.max_rows:
+            if not is_coming and (self._refused or num_pinned_rows + rows > self.max_rows):
                 self._refused = True
+                return before
+            if self._sliced and (is_coming or key not in self._rows):
+                self._wanted = self._wanted or item
                 return before
             if key not in self._rows:
                 if num_step_rows and num_step_rows + rows > self.max_step_rows:
@@ -94,20 +148,17 @@ class EncoderCache:
         for item in new:  # pin all before making room, so that none of these is what gives way
             key = item.content_key
             if key in self._rows:
-                self.num_hits += 1
+                self.num_hits += key not in self._untaken
+                self._untaken.discard(key)
                 self._rows.move_to_end(key)
             else:
                 missing.setdefault(key, item)
             self._num_pins[key] += 1
         mine += new
-        for key, item in missing.items():
-            rows = item.placeholder.length
-            self._make_room(rows)
-            self._rows[key] = rows
-            self._num_rows += rows
-            self._num_step_rows += rows
+        for item in missing.values():
+            self._reserve(item)
+            self._num_step_rows += item.placeholder.length
             self._encode.append(item)
-            self.num_encodes += 1
 
     def end_step(self) -> tuple[tuple[Item, ...], tuple[str, ...]]:
         """The items to encode in the planned step, and the content keys to drop before."""
@@ -135,6 +186,14 @@ class EncoderCache:
         end = start + num_new_tokens  # items come in order of offset
         return [i for i in items if i.placeholder.end > start and i.placeholder.offset < end]
 
+    def _reserve(self, item: Item) -> None:
+        """Take the rows of an item that is going to be encoded; it must be pinned."""
+        rows = item.placeholder.length
+        self._make_room(rows)
+        self._rows[item.content_key] = rows
+        self._num_rows += rows
+        self.num_encodes += 1
+
     def _make_room(self, rows: int) -> None:
         for key in [key for key in self._rows if key not in self._num_pins]:
             if self._num_rows + rows <= self.max_rows:
@@ -144,6 +203,7 @@ class EncoderCache:
 
     def _drop(self, key: str) -> None:
         self._num_rows -= self._rows.pop(key)
+        self._untaken.discard(key)
         self._evict.append(key)
 
     def _unpin(self, sequence: Sequence, up_to: int | None) -> None:
@@ -152,8 +212,11 @@ class EncoderCache:
             if up_to is not None and item.placeholder.end > up_to:
                 kept.append(item)
                 continue
-            self._num_pins[item.content_key] -= 1
-            if not self._num_pins[item.content_key]:
-                del self._num_pins[item.content_key]
+            self._unpin_key(item.content_key)
         if kept:
             self._pinned_by[sequence] = kept
+
+    def _unpin_key(self, key: str) -> None:
+        self._num_pins[key] -= 1
+        if not self._num_pins[key]:
+            del self._num_pins[key]

@@ -10,12 +10,13 @@ from mm_engine.engine.detokenizer import Detokenizer, token_text
 from mm_engine.engine.encoder_cache import EncoderCache
 from mm_engine.engine.fault_barrier import FaultBarrier, Runner, explain, needed_keys
 from mm_engine.engine.kv_cache import KVCache
+from mm_engine.engine.pace import Pace
 from mm_engine.engine.scheduler import Scheduler
 from mm_engine.engine.status import EngineInfo, EngineStats
 from mm_engine.errors import RequestError
 from mm_engine.outputs import CompletionOutput, ErrorInfo, Logprob, RequestOutput
 from mm_engine.request import Request
-from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, Sequence
+from mm_engine.sequence import SampledToken, ScheduledBatch, Sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,6 +37,7 @@ class Engine:
     `num_blocks` blocks of `config.block_size` tokens are the KV cache. `max_model_len` (tokens)
     and `max_encoder_rows` are the config's maximum and one step's tokens where not given.
     `model` names all that keys and values depend on besides a prompt: checkpoint, plugin, dtype.
+    `pace` bounds how long prompts may hold up decodes; without it nothing does.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Engine:
         max_model_len: int | None = None,
         max_encoder_rows: int | None = None,
         model: str = "",
+        pace: Pace | None = None,
     ) -> None:
         self.runner = FaultBarrier(runner)
         self.tokenizer = tokenizer
@@ -62,6 +65,7 @@ class Engine:
             self.encoder_cache,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
+            pace=pace,
         )
         self.max_model_len = max_model_len or config.max_model_len or self.kv_cache.max_tokens
         self._answers: dict[str, _Answer] = {}  # by request id, until the last news is taken
@@ -136,9 +140,11 @@ class Engine:
     ) -> list[RequestOutput]:
         """Take a step's tokens: append, stop, detokenize."""
         self._num_steps += bool(scheduled.sequences)
+        if scheduled.encode_slice is not None and self.runner.slice_is_last:
+            self.encoder_cache.complete()
         for share, token in zip(scheduled.sequences, sampled, strict=True):
             if token.error is not None:
-                self._distrust(scheduled, share)
+                self.scheduler.distrust(needed_keys(share))
             if share.sequence.finished:
                 continue  # aborted while the step ran, or failed with a sibling
             if token.error is not None:
@@ -217,11 +223,6 @@ class Engine:
             text = token_text(self.tokenizer, other_id)
             entries.setdefault(other_id, Logprob(logprob, rank, text))
         return entries
-
-    def _distrust(self, batch: ScheduledBatch, share: ScheduledSequence) -> None:
-        touched = needed_keys(share)
-        keys = (item.content_key for item in batch.encode)
-        self.scheduler.distrust(key for key in keys if key in touched)
 
     def _fail(self, request: Request, error: ErrorInfo) -> None:
         """End a request, with all its sequences."""

@@ -28,6 +28,11 @@ class Runner(Protocol):
         """Compute one step; one entry for each of `batch.sequences`, in their order."""
         ...
 
+    @property
+    def slice_is_last(self) -> bool:
+        """Whether the last step's `encode_slice` brought its item to the end, or to its failure."""
+        ...
+
 
 class FaultBarrier:
     """A runner that never raises: what fails is run again alone, and only that gets an error."""
@@ -38,7 +43,7 @@ class FaultBarrier:
 
     def run(self, batch: ScheduledBatch) -> list[SampledToken]:
         """Compute one step; a sequence that can't be computed gets an error for its token."""
-        if not batch.sequences:
+        if not batch.sequences and not batch.encode:
             return []
         batch = replace(batch, evict=self._owed_evictions + batch.evict)
         self._owed_evictions = batch.evict
@@ -47,14 +52,19 @@ class FaultBarrier:
         except BaseException as error:  # a plugin's model may raise anything, SystemExit too
             if may_be_the_users(error):
                 raise
-            if len(batch.sequences) == 1:
-                return [SampledToken(error=explain(error))]
+            if len(batch.sequences) <= 1:
+                return [SampledToken(error=explain(error)) for _ in batch.sequences]
             logger.warning(
                 "A step of %d sequences failed: %s. Each is run alone.",
                 len(batch.sequences),
                 type(error).__name__,
             )
         return self._run_each_alone(batch)
+
+    @property
+    def slice_is_last(self) -> bool:
+        """See `Runner`."""
+        return self._runner.slice_is_last
 
     def _run(self, batch: ScheduledBatch) -> list[SampledToken]:
         sampled = self._runner.run(batch)

@@ -113,9 +113,17 @@ class KVCache:
                 blocks.append(block)
         return blocks
 
-    def can_admit(self, sequence: Sequence, found: Seq[int]) -> bool:
-        """Whether all that a sequence has so far finds room, given what `lookup` found of it."""
-        num_free = len(self._free) - sum(not self._num_users[block] for block in found)
+    def can_admit(
+        self, sequence: Sequence, found: Seq[int], *, freed: Iterable[Sequence] = ()
+    ) -> bool:
+        """Whether all that a sequence has so far finds room, given what `lookup` found of it.
+
+        `freed` are others that could give up their blocks for it.
+        """
+        uses = Counter(block for other in freed for block in other.block_table)
+        num_free = len(self._free)
+        num_free += sum(self._num_users[block] == number for block, number in uses.items())
+        num_free -= sum(self._num_users[block] == uses[block] for block in found)
         return self.num_blocks_for(sequence.num_tokens) - len(found) <= num_free
 
     def adopt(self, sequence: Sequence, found: Seq[int]) -> None:

@@ -2,40 +2,60 @@
 
 1. Finished and aborted sequences leave. Nothing else in the engine takes a sequence out.
 2. Every sequence that is decoding gets one token.
-3. Sequences in the middle of their prompt get the next chunk of it.
-4. Waiting sequences are admitted, in order of arrival, and get their first chunk. It begins
-   behind the blocks that the KV cache still holds of them; one that would compute a block which
-   another computes in this step waits for the next, and finds it there.
+3. Sequences in the middle of their prompt get the next chunk of it, and waiting ones are admitted
+   and get their first, in order of rank. A prompt begins behind the blocks that the KV cache
+   still holds of it; one that would compute a block which another computes in this step waits
+   for the next, and finds it there.
 
 All of it within one budget of `max_num_batched_tokens`, at most `max_num_seqs` running. A chunk
 is as long as the budget allows, and may end inside an image.
 
-Older means: arrived earlier. Within 2 and 3 the older go first, 4 stops at the first that can't
-be admitted, and so every running sequence is older than every waiting one.
+Rank is by the request's priority (the lower number goes first), and by arrival within one
+priority. 2 and 3 go by rank, and 3 admits none once it met one that can't be.
 
-When blocks of the KV cache run out (those that are kept but unused count as free), the youngest
-running sequence is preempted: it gives up its blocks, returns to the front of the waiting queue,
-and computes again what of its prompt and output the cache no longer holds then. A sequence never
-preempts an older one; it waits, and while one waits for blocks none is admitted.
+Decodes keep their pace. Beside decodes, prompts get only as many tokens as lengthen the step to
+`pace.max_slowdown` times what the decodes alone would take, and images are encoded in slices of
+the time that is left of that. Prompts are not starved either: some tokens always ride along, a
+slice is encoded in each step that has the time, and both go to the first in rank. Without
+decodes, or without a `pace`, a step takes all that the budget allows.
 
-Nobody waits for ever. What the oldest running sequence lacks can only be held by younger ones:
-blocks it takes from them; rows of the encoder cache, pinned by a younger sequence inside an
-image, it waits for, and meanwhile nobody younger may pin more. If those holders can't move
-either (they wait for blocks that the oldest holds), no sequence can be scheduled: then the
-youngest is preempted, until one can. The last one left has the whole pool and the whole encoder
-cache to itself, and `add` refuses what doesn't fit those.
+When blocks of the KV cache run out (those that are kept but unused count as free), the running
+sequence that is last in rank is preempted: it gives up its blocks, returns to the front of its
+priority in the waiting queue, and computes again what of its prompt and output the cache no longer
+holds then. A running sequence never preempts one before it in rank; it waits, and while it waits
+for blocks none behind it is admitted. A waiting sequence preempts running ones of a worse priority
+when it lacks their seat or their blocks, never one of its own priority.
+
+Nobody waits for ever, unless requests of a better priority keep coming. What the first in rank
+lacks can only be held by others: their seats and blocks it takes; rows of the encoder cache that
+another has pinned inside an image, or that an image takes which is being encoded in slices, it
+waits for, and meanwhile nobody behind it may pin more. If those holders can't move either (they
+wait for blocks that the first holds), no sequence can be scheduled: then the last is preempted,
+until one can. The last one left has the whole pool and the whole encoder cache to itself, and
+`add` refuses what doesn't fit those.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
+from bisect import bisect_right, insort
 from collections.abc import Iterable
 
 from mm_engine.engine.encoder_cache import EncoderCache
 from mm_engine.engine.kv_cache import KVCache
+from mm_engine.engine.pace import MIN_PROMPT_TOKENS, Pace
+from mm_engine.engine.waiting_queue import WaitingQueue
 from mm_engine.errors import RequestError
 from mm_engine.request import Request
-from mm_engine.sequence import ScheduledBatch, ScheduledSequence, Sequence, SequenceStatus
+from mm_engine.sequence import (
+    EncodeSlice,
+    ScheduledBatch,
+    ScheduledSequence,
+    Sequence,
+    SequenceStatus,
+)
+
+MIN_SLICE = 0.25  # of the time that a step's decodes can spare; less isn't worth a slice
 
 
 class Scheduler:
@@ -48,25 +68,35 @@ class Scheduler:
         *,
         max_num_batched_tokens: int,
         max_num_seqs: int,
+        pace: Pace | None = None,
     ) -> None:
         assert max_num_batched_tokens >= 1 and max_num_seqs >= 1
         self.kv_cache = kv_cache
         self.encoder_cache = encoder_cache
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
-        self.running: list[Sequence] = []  # oldest first
-        self.waiting: OrderedDict[Sequence, None] = OrderedDict()  # oldest first
+        self.pace = pace
+        self.running: list[Sequence] = []  # by rank
+        self.waiting = WaitingQueue()
         self.num_preemptions = 0
+        self._num_added = 0
         self._leaving: list[Sequence] = []  # finished; still hold their blocks
         self._suspect_keys: list[str] = []  # of features that a failed step may not have made
-        self._plan: dict[Sequence, int] = {}  # new tokens by sequence, for the step being planned
-        self._budget = 0  # tokens that the step being planned may still take
+        # Of the step being planned:
+        self._plan: dict[Sequence, int] = {}  # new tokens by sequence
+        self._budget = 0  # tokens that it may still take
+        self._spare = math.inf  # seconds that its decodes can still spare for prompts and images
+        self._least_spare = 0.0  # seconds from which on a slice of an image's encoding is worth it
         self._coming: set[bytes] = set()  # keys of the blocks that the plan's chunks complete
+        self._has_prompt = False  # a chunk of a prompt is planned
+        self._slice: EncodeSlice | None = None
+        self._lacking: Sequence | None = None  # the first in rank that waits for blocks
+        self._admits = True  # no waiting sequence has yet been found that can't be admitted
 
     @property
     def has_work(self) -> bool:
         """Whether `schedule` has anything to plan or to take back."""
-        return bool(self.running or self.waiting or self._leaving)
+        return bool(self.running or self.waiting or self._leaving or self.encoder_cache.is_encoding)
 
     def check(self, request: Request) -> None:
         """Refuse what could never be computed.
@@ -93,7 +123,9 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence whose request passed `check`."""
-        self.waiting[sequence] = None
+        sequence.arrival = self._num_added
+        self._num_added += 1
+        self.waiting.add(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Mark a sequence as ended, by whatever cause; it leaves when the next step is planned."""
@@ -112,89 +144,157 @@ class Scheduler:
         """Plan the next step; empty only if nothing is left to compute."""
         self._remove_finished()
         self._fill_plan()
-        while not self._plan and (self.running or self.waiting):
+        while not self._moves and (self.running or self.waiting):
             assert len(self.running) > 1, "a sequence alone must always be able to run"
             self._preempt(self.running[-1])
             self._fill_plan()
-        if not self._plan:
+        if not self._moves:
             return ScheduledBatch(())
         encode, evict = self.encoder_cache.end_step()
         sequences = tuple(ScheduledSequence(seq, num) for seq, num in self._plan.items())
-        return ScheduledBatch(sequences, encode, evict)
+        return ScheduledBatch(sequences, encode, evict, self._slice)
+
+    @property
+    def _moves(self) -> bool:
+        """Whether the plan computes anything."""
+        return bool(self._plan or self.encoder_cache.is_encoding)
 
     def _remove_finished(self) -> None:
         for sequence in self._leaving:
-            if sequence in self.running:
-                self.running.remove(sequence)
+            if sequence in self.waiting:
+                self.waiting.remove(sequence)
             else:
-                del self.waiting[sequence]
+                self.running.remove(sequence)
             self.kv_cache.free(sequence)
             self.encoder_cache.release(sequence)
         self.encoder_cache.discard(self._suspect_keys)
         self._leaving, self._suspect_keys = [], []
 
     def _fill_plan(self) -> None:
-        self._plan = {}
-        self._coming = set()
+        self._plan, self._coming = {}, set()
+        self._budget, self._spare = self.max_num_batched_tokens, math.inf
+        self._has_prompt, self._slice, self._lacking, self._admits = False, None, None, True
         self.encoder_cache.begin_step()
-        self._budget = self.max_num_batched_tokens
-        blocks_suffice = True
 
-        decoding = [seq for seq in self.running if _decodes(seq)]
         prefilling = [seq for seq in self.running if not _decodes(seq)]
-        for sequence in decoding + prefilling:
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue  # preempted a moment ago
-            num_new_tokens = min(sequence.num_uncomputed_tokens, self._budget)
-            num_new_tokens = self.encoder_cache.cut(sequence, num_new_tokens)
-            if num_new_tokens == 0:
-                continue
+        for sequence in [seq for seq in self.running if _decodes(seq)]:
+            self._continue(sequence)
+        if self.pace is not None and self._plan:
+            self._spare = self.pace.spare_seconds(len(self._plan))
+            self._least_spare = MIN_SLICE * self._spare
+            self.encoder_cache.slice_items()
+        else:
+            self.encoder_cache.finish_slices()
+        for sequence in prefilling:
+            self._admit_all(before=sequence.rank)
+            self._continue(sequence)
+        self._admit_all(before=None)
+        self._encode_slice(wanted=False)
+
+    def _continue(self, sequence: Sequence) -> None:
+        """Give a running sequence its next tokens, if it can have what they need."""
+        if sequence.status is not SequenceStatus.RUNNING:
+            return  # preempted a moment ago
+        num_new_tokens = self._num_next_tokens(sequence)
+        if num_new_tokens:
             if self._make_blocks(sequence, num_new_tokens):
                 self._put(sequence, num_new_tokens)
-            else:
-                blocks_suffice = False
+            elif self._lacking is None or sequence.rank < self._lacking.rank:
+                self._lacking = sequence
+        self._encode_slice(wanted=True)
 
-        while self.waiting and len(self.running) < self.max_num_seqs and blocks_suffice:
-            if not self._admit(next(iter(self.waiting))):
-                break
+    def _admit_all(self, *, before: tuple[int, int] | None) -> None:
+        """Admit waiting sequences that come `before` a rank, up to one that can't be."""
+        while self.waiting and self._admits:
+            sequence = self.waiting.first
+            if before is not None and sequence.rank > before:
+                return
+            self._admits = self._admit(sequence)
+            self._encode_slice(wanted=True)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give the first waiting sequence what the cache holds of it, and a first chunk."""
+        if self._lacking is not None and self._lacking.rank < sequence.rank:
+            return False
         found = self.kv_cache.lookup(sequence)
         # What this step computes for another needn't be computed twice: the next step finds it.
         if self.kv_cache.key_wanted(sequence, found) in self._coming:
             return False
-        # All it has so far must find room, or it would soon be preempted again.
-        if not self.kv_cache.can_admit(sequence, found):
-            return False
         sequence.num_computed_tokens = len(found) * self.kv_cache.block_size
-        num_new_tokens = min(sequence.num_uncomputed_tokens, self._budget)
-        num_new_tokens = self.encoder_cache.cut(sequence, num_new_tokens)
-        if num_new_tokens == 0:
+        num_new_tokens = self._num_next_tokens(sequence)
+        if num_new_tokens == 0 or not self._make_room(sequence, found):
             sequence.num_computed_tokens = 0
             return False
-        del self.waiting[sequence]
+        self.waiting.remove(sequence)
         sequence.status = SequenceStatus.RUNNING
-        self.running.append(sequence)
+        insort(self.running, sequence, key=_rank)
         self.kv_cache.adopt(sequence, found)
         self._put(sequence, num_new_tokens)
         return True
+
+    def _make_room(self, sequence: Sequence, found: list[int]) -> bool:
+        """Preempt running sequences of a worse priority, the last first, if that makes room.
+
+        All that a sequence has so far must find it, or it would soon be preempted again.
+        """
+        worse = self.running[bisect_right(self.running, sequence.request.priority, key=_priority) :]
+        if len(self.running) - len(worse) >= self.max_num_seqs:
+            return False
+        if not self.kv_cache.can_admit(sequence, found, freed=worse):
+            return False
+        while len(self.running) >= self.max_num_seqs or not self.kv_cache.can_admit(
+            sequence, found
+        ):
+            self._preempt(self.running[-1])
+        return True
+
+    def _num_next_tokens(self, sequence: Sequence) -> int:
+        """How many of its next tokens a sequence may compute in this step, blocks apart."""
+        most = min(sequence.num_uncomputed_tokens, self._budget)
+        if self.pace is not None and self._spare < math.inf:
+            most = min(most, self._num_spared_tokens(self.pace))
+        return self.encoder_cache.cut(sequence, most) if most else 0
+
+    def _num_spared_tokens(self, pace: Pace) -> int:
+        """Tokens of prompts that the step's decodes can still spare the time for."""
+        num_planned = self.max_num_batched_tokens - self._budget
+        num_tokens = pace.num_tokens_more(num_planned, self._spare, self._budget)
+        if self._has_prompt or self._slice is not None:
+            return num_tokens
+        return min(self._budget, max(num_tokens, MIN_PROMPT_TOKENS))
+
+    def _encode_slice(self, *, wanted: bool) -> None:
+        """Give what time the decodes can spare to an image; with `wanted` only if one is lacked."""
+        if self._spare == math.inf or self._spare < self._least_spare:
+            return
+        item = self.encoder_cache.next_slice(wanted=wanted)
+        if item is not None:
+            self._slice = EncodeSlice(item, self._spare)
+            self._spare = 0.0
 
     def _put(self, sequence: Sequence, num_new_tokens: int) -> None:
         assert sequence not in self._plan
         self.kv_cache.append(sequence, num_new_tokens)
         self.encoder_cache.take(sequence, num_new_tokens)
         self._plan[sequence] = num_new_tokens
+        if self.pace is not None and self._spare < math.inf:
+            num_planned = self.max_num_batched_tokens - self._budget
+            longer = self.pace.seconds(num_planned + num_new_tokens)
+            self._spare = max(0.0, self._spare - longer + self.pace.seconds(num_planned))
         self._budget -= num_new_tokens
         if not _decodes(sequence):
+            self._has_prompt = True
             self._coming.update(self.kv_cache.keys_completed_by(sequence, num_new_tokens))
 
     def _make_blocks(self, sequence: Sequence, num_new_tokens: int) -> bool:
-        """Preempt younger sequences, youngest first, until the blocks suffice; if they ever can."""
+        """Preempt sequences behind this one, the last first, until the blocks suffice.
+
+        If they can't, none is preempted.
+        """
         if self.kv_cache.can_append(sequence, num_new_tokens):
             return True
-        younger = self.running[self.running.index(sequence) + 1 :]
-        num_free = self.kv_cache.num_free_blocks + self.kv_cache.num_freed_by(younger)
+        behind = self.running[self.running.index(sequence) + 1 :]
+        num_free = self.kv_cache.num_free_blocks + self.kv_cache.num_freed_by(behind)
         if self.kv_cache.num_missing_blocks(sequence, num_new_tokens) > num_free:
             return False
         while not self.kv_cache.can_append(sequence, num_new_tokens):
@@ -210,13 +310,20 @@ class Scheduler:
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting[sequence] = None
-        self.waiting.move_to_end(sequence, last=False)
-        # Only a decode can have been planned before an older sequence's turn: no item of the
-        # plan was meant for it, and its token goes back to the budget.
+        self.waiting.put_back(sequence)
+        # Only a decode can have been planned before the turn of one ahead of it in rank: no item
+        # of the plan was meant for it, and its token goes back to the budget.
         self._budget += self._plan.pop(sequence, 0)
 
 
 def _decodes(sequence: Sequence) -> bool:
     """Whether all but the newest output token is computed: the step needs no item's features."""
     return sequence.num_uncomputed_tokens == 1 and sequence.num_output_tokens > 0
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank
+
+
+def _priority(sequence: Sequence) -> int:
+    return sequence.request.priority

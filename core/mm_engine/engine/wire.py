@@ -51,6 +51,7 @@ class PackedRequest(msgspec.Struct, array_like=True):
     items: list[PackedItem]
     eos_token_ids: tuple[int, ...]
     cache_salt: str
+    priority: int
 
 
 class Start(msgspec.Struct, tag=True):
@@ -164,6 +165,7 @@ def pack_request(
         items,
         request.eos_token_ids,
         request.cache_salt,
+        request.priority,
     )
 
 
@@ -193,6 +195,7 @@ def unpack_request(
         tuple(items),
         packed.eos_token_ids,
         packed.cache_salt,
+        packed.priority,
     )
 
 

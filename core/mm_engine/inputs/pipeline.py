@@ -99,9 +99,14 @@ class InputPipeline:
         return self._expand(text, ids, data, cache_salt)
 
     def request(
-        self, prepared: PreparedPrompt, params: SamplingParams, request_id: str | None = None
+        self,
+        prepared: PreparedPrompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
     ) -> Request:
-        """A `Request` with `max_tokens` filled in.
+        """A `Request` with `max_tokens` filled in. The lower its `priority`, the sooner it runs.
 
         Raises:
             RequestError: prompt and answer are longer than the model, or an id is out of range.
@@ -140,6 +145,7 @@ class InputPipeline:
             items=prepared.items,
             eos_token_ids=self.opened.eos_token_ids,
             cache_salt=prepared.cache_salt,
+            priority=priority,
         )
 
     def dummy_request(self) -> Request:

@@ -64,7 +64,7 @@ def _prepare(
         add_generation_prompt=asked.add_generation_prompt is not False,
         cache_salt=service.cache_salt(asked.cache_salt),
     )
-    return service.pipeline.request(prepared, params, request_id)
+    return service.pipeline.request(prepared, params, request_id, priority=asked.priority or 0)
 
 
 def _sources(asked: ChatRequest) -> list[ImageSource]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mm_engine.errors import RequestError
@@ -13,7 +13,7 @@ from mm_engine.request import PromptInputs, Request
 from mm_engine.sampling_params import SamplingParams
 from mm_engine.server.exchange import Job, parsed
 from mm_engine.server.logprobs import completion_logprobs
-from mm_engine.server.protocol import CompletionRequest, Prompt
+from mm_engine.server.protocol import CompletionRequest
 from mm_engine.server.responses import Completion, CompletionChoice
 from mm_engine.server.service import Service, Slots
 from mm_engine.server.tally import Tally
@@ -37,8 +37,7 @@ async def open_completion(service: Service, body: bytes, slots: Slots) -> Job:
         num_choices=params.n,
         num_top=params.logprobs or 0,
     )
-    salt = service.cache_salt(asked.cache_salt)
-    requests = await service.in_thread(lambda: _prepare(service, prompts, params, salt, reply.id))
+    requests = await service.in_thread(lambda: _prepare(service, asked, params, reply.id))
     if asked.echo:
         decode = service.pipeline.ctx.tokenizer.decode
         reply.echoes = [p if isinstance(p, str) else str(decode(p)) for p in prompts]
@@ -46,17 +45,21 @@ async def open_completion(service: Service, body: bytes, slots: Slots) -> Job:
 
 
 def _prepare(
-    service: Service, prompts: Sequence[Prompt], params: SamplingParams, salt: str, reply_id: str
+    service: Service, asked: CompletionRequest, params: SamplingParams, reply_id: str
 ) -> list[Request]:
+    salt = service.cache_salt(asked.cache_salt)
     requests = []
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(asked.prompts()):
         if isinstance(prompt, str):
             inputs = PromptInputs(prompt=prompt)
         else:
             inputs = PromptInputs(prompt_token_ids=tuple(prompt))
         try:
             prepared = service.pipeline.prepare(inputs, cache_salt=salt)
-            requests.append(service.pipeline.request(prepared, params, f"{reply_id}-{index}"))
+            request = service.pipeline.request(
+                prepared, params, f"{reply_id}-{index}", priority=asked.priority or 0
+            )
+            requests.append(request)
         except RequestError as error:
             if error.param == "messages":  # the pipeline's word for what holds the prompt
                 error.param = "prompt"

@@ -37,6 +37,11 @@ class Watched:
     num_cut: int = 0  # steps that ended inside an image
     failure: BaseException | None = None  # what the plugin's model raised
 
+    @property
+    def slice_is_last(self) -> bool:
+        """See `Runner`."""
+        return self.runner.slice_is_last
+
     def run(self, batch: ScheduledBatch) -> list[SampledToken]:
         """Compute one step."""
         for share in batch.sequences:

@@ -12,6 +12,7 @@ from mm_engine.errors import MMEngineError
 from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.plugins.plugin import Plugin
 from mm_engine.request import Item
+from mm_engine.worker.sliced_call import SlicedCall
 
 
 class Encoder:
@@ -32,6 +33,8 @@ class Encoder:
         self.device = device
         self.features: dict[str, Tensor] = {}  # content key -> [num_tokens, hidden]
         self.num_encoded = 0
+        self._sliced: tuple[str, SlicedCall[None]] | None = None  # what is encoded in slices
+        self._failures: dict[str, BaseException] = {}  # of what was, until somebody needs it
 
     @property
     def bytes_per_row(self) -> int:
@@ -42,6 +45,7 @@ class Encoder:
         """Forget the features of `keys`."""
         for key in keys:
             self.features.pop(key, None)
+            self._failures.pop(key, None)
 
     def encode(self, items: Sequence[Item]) -> dict[str, MMEngineError]:
         """Encode `items` and keep their features; returns the errors of those that failed, by key.
@@ -49,22 +53,69 @@ class Encoder:
         Items go to the plugin together. If that fails each goes alone, so that a bad one fails
         only the requests that hold it.
         """
-        todo = [item for item in items if item.content_key not in self.features]
+        errors: dict[str, MMEngineError] = {}
+        for item in items:
+            self._finish_slices(item.content_key)
+            error = self._failures.pop(item.content_key, None)
+            if isinstance(error, MMEngineError):
+                errors[item.content_key] = error
+            elif error is not None:
+                raise error
+        done = self.features.keys() | errors.keys()
+        todo = [item for item in items if item.content_key not in done]
         if not todo:
-            return {}
+            return errors
         try:
             self._encode(todo)
-            return {}
+            return errors
         except MMEngineError as error:
             if len(todo) == 1:
-                return {todo[0].content_key: error}
-        errors: dict[str, MMEngineError] = {}
+                return {**errors, todo[0].content_key: error}
         for item in todo:
             try:
                 self._encode([item])
             except MMEngineError as error:
                 errors[item.content_key] = error
         return errors
+
+    def encode_slice(self, item: Item, seconds: float) -> None:
+        """Go on to encode `item` for about `seconds`; one item at a time is encoded in slices.
+
+        If it fails, the step that needs its features is told, by `encode`.
+        """
+        if self._sliced is None:
+
+            def call() -> None:
+                with torch.inference_mode():
+                    self._encode([item])
+
+            leaves = [module for module in self.model.modules() if not list(module.children())]
+            self._sliced = item.content_key, SlicedCall(call, leaves)
+        key, sliced = self._sliced
+        assert key == item.content_key
+        sliced.run(seconds)
+        self._collect()
+
+    @property
+    def slice_is_last(self) -> bool:
+        """Whether nothing is encoded in part."""
+        return self._sliced is None
+
+    def _finish_slices(self, key: str) -> None:
+        if self._sliced is not None and self._sliced[0] == key:
+            self._sliced[1].run()
+            self._collect()
+
+    def _collect(self) -> None:
+        assert self._sliced is not None
+        key, sliced = self._sliced
+        if not sliced.ended:
+            return
+        self._sliced = None
+        try:
+            sliced.result()
+        except BaseException as error:  # raised in the call's own thread, so not by Ctrl-C
+            self._failures[key] = error
 
     def _encode(self, items: Sequence[Item]) -> None:
         method = f"embed_{items[0].modality}s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ from mm_engine.errors import MMEngineError, PluginError, StartupError
 from mm_engine.outputs import ErrorInfo
 from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.request import Item, Request
+from mm_engine.sampling_params import SamplingParams
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence
 from mm_engine.sequence import Sequence as EngineSequence
 from mm_engine.worker.batch import ForwardBatch, build_batch
@@ -24,6 +26,8 @@ from mm_engine.worker.encoder import Encoder
 from mm_engine.worker.loader import OpenedModel, load_model, pick_device
 from mm_engine.worker.memory import DeviceMemory
 from mm_engine.worker.sampler import Sampler
+
+MAX_TIMING = 3.0  # seconds that measuring the steps' times may take, but for the last of them
 
 
 class ModelRunner:
@@ -105,6 +109,39 @@ class ModelRunner:
             self.encoder.drop([item.content_key for item in request.items])
         self.kv_caches = []
 
+    def time_steps(self, max_tokens: int) -> list[tuple[int, float]]:
+        """How long steps of 1, 2, 4, … up to `max_tokens` tokens take: pairs (tokens, seconds).
+
+        Each is the better of two runs over one sequence's first tokens, in the KV cache's first
+        blocks, which are zeroed again. Larger steps are left out once all of it took
+        `MAX_TIMING` seconds.
+        """
+        times: list[tuple[int, float]] = []
+        start = time.perf_counter()
+        num_tokens = 1
+        while num_tokens <= max_tokens:
+            # Any ids will do that aren't all the same: a mixture of experts would notice.
+            ids = tuple(i * 7919 % self.vocab_size for i in range(num_tokens))
+            sequence = EngineSequence(Request("timing", ids, SamplingParams(temperature=0.0)))
+            sequence.block_table = list(range(-(-num_tokens // self.block_size)))
+            batch = ScheduledBatch((ScheduledSequence(sequence, num_tokens),))
+            best = float("inf")
+            for _ in range(2):
+                before = time.perf_counter()
+                self.run(batch)
+                best = min(best, time.perf_counter() - before)
+            times.append((num_tokens, best))
+            self._clean(batch.sequences[0])
+            if time.perf_counter() - start > MAX_TIMING:
+                break
+            num_tokens *= 2
+        return times
+
+    @property
+    def slice_is_last(self) -> bool:
+        """Whether the last step's `encode_slice` brought its item to the end, or to its failure."""
+        return self.encoder.slice_is_last
+
     def _check_keywords(self, item: Item) -> None:
         """Raise `PluginError` unless the model's method takes the mapper's tensors as keywords."""
         method = f"embed_{item.modality}s"
@@ -126,6 +163,8 @@ class ModelRunner:
         """
         with torch.inference_mode():
             self.encoder.drop(batch.evict)
+            if batch.encode_slice is not None:
+                self.encoder.encode_slice(batch.encode_slice.item, batch.encode_slice.seconds)
             errors = self.encoder.encode(self._to_encode(batch))
             results = [SampledToken() for _ in batch.sequences]
             running: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Annotated, Any
 
 import typer
@@ -51,6 +52,7 @@ class EngineFlags:
             rich_help_panel=options.MEMORY_PANEL,
         ),
     ] = 16
+    max_decode_slowdown: options.MaxDecodeSlowdown = math.inf
     kv_cache_memory: options.KVCacheMemory = None
     enable_prefix_caching: Annotated[
         bool,

@@ -1,0 +1,57 @@
+"""How much of a prompt may ride in a step beside decodes, so that they keep their pace."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence as Seq
+
+MIN_PROMPT_TOKENS = 8  # a step always takes so many: a prompt is never starved by decodes
+
+
+class Pace:
+    """Bounds a step's time by `max_slowdown` times that of its decodes alone.
+
+    `times` are pairs (tokens in a step, seconds it took), as measured on the machine at startup.
+    Between them the time is taken to rise evenly, behind the last as between the last two. That
+    is all that is assumed of the machine: on a CPU some tokens more cost next to nothing, because
+    a decode waits for the weights to be read; on a GPU it is hundreds.
+    """
+
+    def __init__(self, times: Seq[tuple[int, float]], max_slowdown: float) -> None:
+        assert times and max_slowdown > 1
+        self.max_slowdown = max_slowdown
+        self._sizes: list[int] = []
+        self._seconds: list[float] = []
+        for size, seconds in sorted(times):
+            # A larger step that took less time was measured beside a noisy neighbour.
+            floor = self._seconds[-1] if self._seconds else 0.0
+            self._sizes.append(size)
+            self._seconds.append(max(seconds, floor))
+
+    def seconds(self, num_tokens: int) -> float:
+        """How long a step of so many tokens takes."""
+        sizes, seconds = self._sizes, self._seconds
+        if num_tokens <= sizes[0] or len(sizes) == 1:
+            return seconds[0]
+        right = min(bisect_right(sizes, num_tokens), len(sizes) - 1)
+        return seconds[right - 1] + self._slope(right) * (num_tokens - sizes[right - 1])
+
+    def spare_seconds(self, num_decodes: int) -> float:
+        """By how much a step with so many decodes may be held up."""
+        return (self.max_slowdown - 1.0) * self.seconds(num_decodes)
+
+    def num_tokens_more(self, num_tokens: int, seconds: float, most: int) -> int:
+        """How many tokens, `most` at most, lengthen a step of `num_tokens` by up to `seconds`."""
+        limit = self.seconds(num_tokens) + seconds
+        low, high = 0, most
+        while low < high:  # the time never falls as tokens are added
+            middle = (low + high + 1) // 2
+            if self.seconds(num_tokens + middle) <= limit:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _slope(self, right: int) -> float:
+        seconds = self._seconds[right] - self._seconds[right - 1]
+        return seconds / (self._sizes[right] - self._sizes[right - 1])

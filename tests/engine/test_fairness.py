@@ -1,0 +1,306 @@
+"""Who waits for whom, in simulated time: decodes for prompts, prompts for decodes, ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import pairwise
+from statistics import quantiles
+
+import pytest
+
+from mm_engine.config import EngineConfig
+from mm_engine.engine.engine import Engine
+from mm_engine.engine.pace import MIN_PROMPT_TOKENS, Pace
+from mm_engine.sequence import SampledToken, ScheduledBatch
+
+#: Tokens in a step, seconds: a language model of 0.5B parameters on two cores.
+TIMES = [(1, 0.020), (8, 0.029), (32, 0.061), (128, 0.23), (512, 0.97), (2048, 4.0)]
+ITEM_SECONDS = 1.0  # that an image takes in the encoder
+NUM_ROWS = 576  # that it makes
+
+
+class TimedRunner:
+    """Computes nothing, and takes its time: `now` is the clock of the simulation."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.cost = Pace(TIMES, 2.0)  # for its table of times
+        self.times: dict[str, list[float]] = defaultdict(list)  # of each request's tokens
+        self.steps: list[ScheduledBatch] = []
+        self.num_decodes: list[int] = []  # in each step
+        self._begun: dict[str, float] = {}  # seconds of encoding
+
+    @property
+    def slice_is_last(self) -> bool:
+        return not self._begun
+
+    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+        if batch.encode_slice is not None:
+            key = batch.encode_slice.item.content_key
+            left = ITEM_SECONDS - self._begun.get(key, 0.0)
+            spent = min(left, batch.encode_slice.seconds)
+            self.now += spent
+            self._begun[key] = self._begun.get(key, 0.0) + spent
+            if spent == left:
+                del self._begun[key]
+        for item in batch.encode:
+            self.now += ITEM_SECONDS - self._begun.pop(item.content_key, 0.0)
+        if batch.sequences:
+            self.now += self.cost.seconds(batch.num_tokens)
+        self.steps.append(batch)
+        self.num_decodes.append(
+            sum(share.start >= share.sequence.num_prompt_tokens for share in batch.sequences)
+        )
+        for share in batch.sequences:
+            if share.samples:
+                self.times[share.sequence.request.request_id].append(self.now)
+        return [SampledToken(65 if share.samples else None) for share in batch.sequences]
+
+
+class Simulation:
+    """An engine whose steps take simulated time; requests arrive at given moments."""
+
+    def __init__(self, tokenizer, new_request, *, slowdown: float | None, **options) -> None:
+        self.runner = TimedRunner()
+        self.engine = Engine(
+            self.runner,
+            EngineConfig(model="none", enable_prefix_caching=False, **options),
+            tokenizer,
+            num_blocks=4096,
+            max_encoder_rows=8 * NUM_ROWS,
+            pace=None if slowdown is None else Pace(TIMES, slowdown),
+        )
+        self.new_request = new_request
+        self.arrivals: list[tuple[float, str]] = []
+
+    def streams(self, number: int, max_tokens: int) -> None:
+        """So many answers to short questions, already under way."""
+        for i in range(number):
+            self.ask(f"stream {i}", [1 + i], max_tokens=max_tokens)
+        while any(not self.runner.times[f"stream {i}"] for i in range(number)):
+            self.engine.step()
+
+    def ask(self, name: str, parts: list[int | str], **params) -> None:
+        lengths = {part: NUM_ROWS for part in parts if isinstance(part, str)}
+        params = {"max_tokens": 16, "ignore_eos": True, **params}
+        self.engine.add(self.new_request(name, parts, lengths=lengths, **params))
+
+    def run(self, images_every: float = float("inf"), until: float = float("inf")) -> None:
+        """Step to the end; a question about a new image comes every so many seconds."""
+        start, number = self.runner.now, 0
+        while self.engine.has_work and self.runner.now - start < until:
+            if self.runner.now - start >= (number + 1) * images_every:
+                number += 1
+                name = f"image {number}"
+                self.arrivals.append((self.runner.now, name))
+                self.ask(name, [5, name, 30])
+            self.engine.step()
+
+    def p99_itl(self) -> float:
+        """Between one token of a stream and the next, in seconds."""
+        gaps = [
+            after - before
+            for name, times in self.runner.times.items()
+            if name.startswith("stream")
+            for before, after in pairwise(times)
+        ]
+        return quantiles(gaps, n=100)[98]
+
+    def ttfts(self) -> list[float]:
+        return [self.runner.times[name][0] - came for came, name in self.arrivals]
+
+
+@pytest.fixture
+def simulate(tokenizer, new_request):
+    def make(slowdown: float | None, **options) -> Simulation:
+        return Simulation(tokenizer, new_request, slowdown=slowdown, **options)
+
+    return make
+
+
+def test_arriving_images_at_most_double_what_eight_streams_wait_between_tokens(simulate) -> None:
+    p99 = {}
+    for slowdown, images_every in ((1.75, float("inf")), (1.75, 3.0), (1.75, 6.0), (None, 3.0)):
+        simulation = simulate(slowdown)
+        simulation.streams(8, max_tokens=1500)
+        simulation.run(images_every)
+        p99[slowdown, images_every] = simulation.p99_itl()
+        if images_every == 6.0:
+            assert len(simulation.arrivals) >= 8
+            assert max(simulation.ttfts()) < 6, "nor do the prompts pile up"
+    alone = p99[1.75, float("inf")]
+    assert alone == pytest.approx(0.029)
+    assert p99[1.75, 3.0] <= 2 * alone
+    assert p99[1.75, 6.0] <= 2 * alone
+    assert p99[None, 3.0] > 30 * alone, "the positive control: without a bound they wait"
+
+
+@pytest.mark.parametrize("slowdown", [1.25, 1.75, 3.0])
+def test_no_step_with_decodes_takes_longer_than_the_bound(simulate, slowdown: float) -> None:
+    simulation = simulate(slowdown)
+    simulation.streams(8, max_tokens=400)
+    simulation.ask("text", [1500])
+    simulation.run(images_every=3.0)
+    runner, num_slices = simulation.runner, 0
+    for step, num_decodes in zip(runner.steps, runner.num_decodes, strict=True):
+        if not num_decodes:
+            continue
+        seconds = runner.cost.seconds(step.num_tokens)
+        if step.encode_slice is not None:
+            seconds += step.encode_slice.seconds
+            num_slices += 1
+        longest = slowdown * runner.cost.seconds(num_decodes)
+        least = runner.cost.seconds(num_decodes + MIN_PROMPT_TOKENS)
+        assert seconds <= max(longest, least) + 1e-9
+        assert not step.encode
+    assert num_slices
+
+
+@pytest.mark.parametrize("slowdown", [1.0001, 1.75])
+def test_decodes_that_never_end_do_not_starve_a_prompt(simulate, slowdown: float) -> None:
+    simulation = simulate(slowdown)
+    simulation.streams(63, max_tokens=100_000 // 63)
+    simulation.ask("long", [900], max_tokens=1)
+    num_steps = len(simulation.runner.steps)
+    while not simulation.runner.times["long"]:
+        simulation.engine.step()
+    assert len(simulation.runner.steps) - num_steps <= 900 // MIN_PROMPT_TOKENS + 2
+
+
+def test_an_image_is_encoded_however_little_time_the_decodes_spare(simulate) -> None:
+    simulation = simulate(1.1)
+    simulation.streams(8, max_tokens=2000)
+    simulation.ask("image", [5, "picture", 30], max_tokens=1)
+    while not simulation.runner.times["image"]:
+        simulation.engine.step()
+    slices = [step.encode_slice for step in simulation.runner.steps if step.encode_slice]
+    assert len(slices) > 100
+    assert simulation.engine.stats().num_encodes == 1
+    assert simulation.engine.stats().num_encoder_hits == 0
+
+
+def test_two_prompts_with_one_image_wait_for_one_encoding(simulate) -> None:
+    simulation = simulate(1.75)
+    simulation.streams(8, max_tokens=400)
+    simulation.ask("first", [5, "picture", 30], max_tokens=1)
+    simulation.ask("second", [9, "picture", 3], max_tokens=1)
+    simulation.run()
+    assert simulation.runner.times["second"]
+    stats = simulation.engine.stats()
+    assert (stats.num_encodes, stats.num_encoder_hits) == (1, 1)
+
+
+def test_without_decodes_a_step_takes_all_that_fits(simulate) -> None:
+    simulation = simulate(1.75)
+    for i in range(3):
+        simulation.ask(f"image {i}", [5, f"picture {i}", 30], max_tokens=1)
+    simulation.run()
+    assert [len(step.encode) for step in simulation.runner.steps] == [3]
+
+
+def test_the_rest_of_an_image_is_encoded_at_once_when_the_decodes_have_ended(simulate) -> None:
+    simulation = simulate(1.75)
+    simulation.streams(8, max_tokens=10)
+    simulation.ask("image", [5, "picture", 30], max_tokens=1)
+    simulation.run()
+    steps = simulation.runner.steps
+    assert sum(step.encode_slice is not None for step in steps) >= 5
+    assert [len(step.encode) for step in steps[-1:]] == [1]
+    assert simulation.engine.stats().num_encodes == 1
+
+
+def test_an_abort_in_the_middle_of_an_images_encoding_leaks_nothing(simulate) -> None:
+    simulation = simulate(1.75)
+    simulation.streams(8, max_tokens=40)
+    simulation.ask("image", [5, "picture", 30])
+    for _ in range(5):
+        simulation.engine.step()
+    assert not simulation.runner.slice_is_last
+    for name in ["image", *(f"stream {i}" for i in range(8))]:
+        simulation.engine.abort(name)
+    simulation.run()
+    assert simulation.runner.slice_is_last, "nothing is left half encoded"
+    stats = simulation.engine.stats()
+    assert stats.num_used_blocks == stats.num_running == stats.num_waiting == 0
+    assert simulation.engine.encoder_cache.num_rows == NUM_ROWS, "it is whole, and kept"
+    simulation.ask("again", [5, "picture", 30])
+    simulation.run()
+    assert (simulation.engine.stats().num_encodes, len(simulation.runner.times["again"])) == (1, 16)
+
+
+def test_prompts_are_read_in_order_of_arrival_beside_decodes(simulate) -> None:
+    simulation = simulate(1.75)
+    simulation.streams(8, max_tokens=400)
+    for name in ("first", "second", "third"):
+        simulation.ask(name, [300], max_tokens=1)
+        simulation.engine.step()
+    simulation.run()
+    times = [simulation.runner.times[name][0] for name in ("first", "second", "third")]
+    assert times == sorted(times)
+    assert times[1] - times[0] > 0.5
+
+
+def test_the_lower_priority_number_goes_first(new_engine, new_request, run_all) -> None:
+    engine, runner = new_engine(max_num_seqs=1)
+    for name, priority in (("A", 0), ("B", 3), ("C", 0), ("D", -2), ("E", -2)):
+        engine.add(new_request(name, [2], max_tokens=1, priority=priority))
+    run_all(engine)
+    assert [request_id for ((request_id, _),) in runner.order] == list("DEACB")
+
+
+def test_a_better_priority_takes_the_seat_of_a_worse_one_never_of_its_own(
+    new_engine, new_request, run_all, expected
+) -> None:
+    engine, runner = new_engine(max_num_seqs=2, enable_prefix_caching=False)
+    requests = {
+        "A": new_request("A", [2], max_tokens=6, ignore_eos=True, priority=1),
+        "B": new_request("B", [2, "b"], max_tokens=6, ignore_eos=True, priority=1),
+        "C": new_request("C", [2, "c"], max_tokens=2, ignore_eos=True, priority=1),
+        "D": new_request("D", [3, "d"], max_tokens=2, ignore_eos=True),
+    }
+    for name in "AB":
+        engine.add(requests[name])
+    sums = {output.request_id: output for output in engine.step()}
+    for name in "CD":
+        engine.add(requests[name])
+    for request_id, output in run_all(engine).items():
+        if request_id in sums:
+            sums[request_id].extend(output)
+        else:
+            sums[request_id] = output
+    order = ["".join(request_id for request_id, _ in step) for step in runner.order]
+    assert order[:4] == ["AB", "AD", "DA", "AB"], "B gave way to D, and came back before C"
+    assert engine.stats().num_preemptions == 1
+    for name, request in requests.items():
+        assert sums[name].outputs[0].token_ids == expected(request, 0, runner.vocab)
+
+
+def test_a_better_priority_takes_the_blocks_of_worse_ones_if_they_suffice(
+    new_engine, new_request, run_all
+) -> None:
+    engine, runner = new_engine(num_blocks=8, block_size=4, enable_prefix_caching=False)
+    engine.add(new_request("A", [11], max_tokens=5, ignore_eos=True))
+    engine.add(new_request("B", [11], max_tokens=5, ignore_eos=True, priority=1))
+    engine.step()
+    engine.add(new_request("C", [15], max_tokens=1, priority=-1))
+    engine.add(new_request("D", [23], max_tokens=1, priority=0))
+    engine.step()
+    assert [request_id for request_id, _ in runner.order[1]] == ["A", "C"]
+    assert engine.stats().num_preemptions == 1
+    engine.step()
+    # Even with B's blocks, which it no longer has, D finds no room beside A.
+    assert [request_id for request_id, _ in runner.order[2]] == ["A"]
+    run_all(engine)
+    assert [step[0][0] for step in runner.order if len(step) == 1][-1] == "B"
+
+
+def test_a_worse_priority_waits_while_better_ones_come(new_engine, new_request) -> None:
+    engine, runner = new_engine(max_num_seqs=1)
+    engine.add(new_request("last", [2], max_tokens=2, ignore_eos=True, priority=9))
+    for i in range(20):
+        engine.add(new_request(f"r{i}", [2], max_tokens=1))
+        engine.step()
+    assert "last" not in {request_id for step in runner.order for request_id, _ in step}
+    while engine.has_work:
+        engine.step()
+    assert runner.order[-1][0][0] == "last"

@@ -1,0 +1,246 @@
+"""A call in slices of time: as good as whole, one at a time, and no thread is left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from checkpoints import IMAGE_SIZE, make_llava
+from mm_engine import LLM, SamplingParams
+from mm_engine.config import EngineConfig
+from mm_engine.errors import PluginError
+from mm_engine.request import PromptInputs, Request
+from mm_engine.sequence import EncodeSlice, ScheduledBatch, ScheduledSequence
+from mm_engine.worker.loader import open_model
+from mm_engine.worker.model_runner import ModelRunner
+from mm_engine.worker.sliced_call import SlicedCall
+from parity import picture
+from sequences import make_item, make_sequence
+
+PIECE = 0.02  # seconds
+
+
+class Slow(nn.Module):
+    """Takes a while."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(PIECE)
+        return x + 1
+
+
+def stack(number: int) -> list[nn.Module]:
+    return [Slow() for _ in range(number)]
+
+
+def apply(modules: list[nn.Module]) -> Tensor:
+    x = torch.zeros(())
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def test_each_slice_takes_about_the_time_that_it_is_given() -> None:
+    modules = stack(20)
+    call = SlicedCall(lambda: apply(modules), modules)
+    num_slices = 0
+    while not call.ended:
+        call.run(4 * PIECE)
+        num_slices += 1
+    assert 5 <= num_slices <= 8, "four pieces or so in each"
+    assert call.result().item() == 20
+
+
+def test_between_slices_nothing_runs() -> None:
+    modules, done = stack(10), []
+    for module in modules:
+        module.register_forward_hook(lambda *_: done.append(1))
+    call = SlicedCall(lambda: apply(modules), modules)
+    time.sleep(3 * PIECE)
+    assert not done, "it doesn't begin by itself"
+    call.run(2 * PIECE)
+    num_done = len(done)
+    assert 1 <= num_done < 10
+    time.sleep(4 * PIECE)
+    assert len(done) == num_done
+
+
+def test_the_last_slice_has_no_end() -> None:
+    modules = stack(10)
+    call = SlicedCall(lambda: apply(modules), modules)
+    call.run(PIECE)
+    assert not call.ended
+    call.run()
+    assert call.ended
+    call.run()  # an ended call has nothing to do
+    assert call.result().item() == 10
+
+
+def test_what_the_call_raises_is_raised_by_result_and_the_thread_ends() -> None:
+    modules = stack(3)
+
+    def fail() -> None:
+        apply(modules)
+        raise SystemExit("a plugin's wish")
+
+    before = threading.active_count()
+    call: SlicedCall[None] = SlicedCall(fail, modules)
+    while not call.ended:
+        call.run(PIECE)
+    with pytest.raises(SystemExit, match="a plugin's wish"):
+        call.result()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+    assert all(not module._forward_hooks for module in modules), "the places to rest are gone"
+
+
+def test_others_may_use_the_modules_meanwhile() -> None:
+    modules = stack(6)
+    call = SlicedCall(lambda: apply(modules), modules)
+    call.run(PIECE)
+    assert not call.ended
+    assert apply(modules).item() == 6, "it doesn't rest for the call's slices"
+    call.run()
+    assert call.result().item() == 6
+
+
+# --- with a real model -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llava(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def runner(checkpoint: Path) -> ModelRunner:
+    config = EngineConfig(model=str(checkpoint), device="cpu", block_size=4, progress=False)
+    runner = ModelRunner(open_model(config), config)
+    runner.init_cache(16)
+    return runner
+
+
+def image(key: str, seed: int = 1) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    return make_item(key, 2, 16, pixel_values=pixels)
+
+
+def test_features_are_those_of_an_image_encoded_whole(runner: ModelRunner) -> None:
+    item = image("sliced")
+    num_slices = 0
+    while not num_slices or not runner.slice_is_last:
+        runner.run(ScheduledBatch((), encode_slice=EncodeSlice(item, 0.0)))
+        num_slices += 1
+    assert num_slices > 10, "each of no time, so each ends at the next place to rest"
+    runner.run(ScheduledBatch((), encode=(image("whole"),)))
+    assert torch.equal(runner.encoder.features["sliced"], runner.encoder.features["whole"])
+    assert runner.encoder.num_encoded == 2
+
+
+def test_the_rest_can_be_encoded_in_the_step_that_needs_it(runner: ModelRunner) -> None:
+    item = image("begun")
+    runner.run(ScheduledBatch((), encode_slice=EncodeSlice(item, 0.0)))
+    assert not runner.slice_is_last
+    assert "begun" not in runner.encoder.features
+    runner.run(ScheduledBatch((), encode=(item, image("other", seed=2))))
+    assert runner.slice_is_last
+    assert runner.encoder.features.keys() == {"begun", "other"}
+    assert runner.encoder.num_encoded == 2
+
+
+def test_a_failure_is_told_to_the_step_that_needs_the_image_and_only_once(
+    runner: ModelRunner,
+) -> None:
+    bad = make_item("bad", 2, 16, pixel_values=torch.full((3, IMAGE_SIZE, IMAGE_SIZE), torch.nan))
+    while True:
+        runner.run(ScheduledBatch((), encode_slice=EncodeSlice(bad, 0.0)))
+        if runner.slice_is_last:
+            break
+    assert "bad" not in runner.encoder.features
+    errors = runner.encoder.encode([bad, image("good")])
+    assert errors.keys() == {"bad"}
+    assert isinstance(errors["bad"], PluginError)
+    assert "embed_images" in str(errors["bad"])
+    assert runner.encoder.features.keys() == {"good"}
+    assert not runner.encoder._failures
+
+
+def test_the_failure_of_an_image_that_nobody_needs_any_more_is_forgotten(
+    runner: ModelRunner,
+) -> None:
+    bad = make_item("bad", 2, 16, pixel_values=torch.full((3, IMAGE_SIZE, IMAGE_SIZE), torch.nan))
+    runner.run(ScheduledBatch((), encode_slice=EncodeSlice(bad, float("inf"))))
+    assert runner.encoder._failures.keys() == {"bad"}
+    runner.run(ScheduledBatch((), evict=("bad",)))
+    assert not runner.encoder._failures
+
+
+def test_answers_are_the_same_beside_decodes_that_keep_their_pace(checkpoint: Path) -> None:
+    """Chunks as the pace allows, images in slices: each answer is what it is alone."""
+    options = {"dtype": "float32", "block_size": 4, "progress": False, "max_num_seqs": 8}
+    paced = LLM(str(checkpoint), max_decode_slowdown=1.01, **options)
+    free = LLM(str(checkpoint), **options)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    long = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    texts = [f"USER: Say {i}. ASSISTANT:" for i in range(2)]
+    pictures = [f"USER: Look at {i}: <image>\nWhat is it? ASSISTANT:" for i in range(3)]
+
+    def requests(llm: LLM) -> list[Request]:
+        made = []
+        for prompt, sampling in [(text, long) for text in texts] + [(p, params) for p in pictures]:
+            data = {"image": (picture(len(made)),)} if "<image>" in prompt else {}
+            prepared = llm.pipeline.prepare(PromptInputs(prompt, multi_modal_data=data))
+            made.append(llm.pipeline.request(prepared, sampling, str(len(made))))
+        return made
+
+    answers: dict[str, list[int]] = {}
+    slices = []
+
+    def step(llm: LLM, sums: dict[str, list[int]]) -> None:
+        for output in llm.engine.step():
+            for new in output.outputs:
+                sums.setdefault(output.request_id, []).extend(new.token_ids)
+
+    schedule = paced.engine.scheduler.schedule
+
+    def watched() -> ScheduledBatch:
+        batch = schedule()
+        slices.extend([batch.encode_slice] if batch.encode_slice else [])
+        return batch
+
+    paced.engine.scheduler.schedule = watched  # type: ignore[method-assign]
+    asked = requests(paced)
+    for request in asked[:2]:
+        paced.engine.add(request)
+    step(paced, answers)
+    for request in asked[2:]:
+        paced.engine.add(request)
+    while paced.engine.has_work:
+        step(paced, answers)
+    assert len({piece.item.content_key for piece in slices}) == 3
+    for request in requests(free):
+        alone: dict[str, list[int]] = {}
+        free.engine.add(request)
+        while free.engine.has_work:
+            step(free, alone)
+        assert answers[request.request_id] == alone[request.request_id]
+
+
+def test_sequences_made_by_hand_touch_no_image_while_it_is_encoded(runner: ModelRunner) -> None:
+    """A decode runs in the same step as the slice, on its own."""
+    decode = make_sequence((1, 9, 20), temperature=0.0)
+    decode.block_table = [0, 1]
+    batch = ScheduledBatch(
+        (ScheduledSequence(decode, 3),), encode_slice=EncodeSlice(image("x"), 0.0)
+    )
+    (token,) = runner.run(batch)
+    assert token.token_id is not None
+    assert not runner.slice_is_last
