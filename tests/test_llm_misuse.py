@@ -94,6 +94,40 @@ def test_messages_of_the_wrong_kind_are_refused(llm: LLM, messages: Any) -> None
     assert (caught.value.param or "").startswith("messages")
 
 
+@pytest.mark.parametrize(
+    ("priority", "match"),
+    [
+        ([1], "priority doesn't match the prompts: 1 for 2"),
+        ([1, 2, 3], "priority doesn't match the prompts: 3 for 2"),
+        ([1, "2"], "priority must hold integers"),
+        ([1, 2.0], "priority must hold integers"),
+        (5, "priority must hold integers"),
+    ],
+    ids=str,
+)
+def test_priorities_of_the_wrong_kind_are_refused(llm: LLM, priority: Any, match: str) -> None:
+    with pytest.raises(RequestError, match=match) as caught:
+        llm.generate(["Hello", "Bye"], GREEDY, priority=priority)
+    assert caught.value.param == "priority"
+
+
+def test_the_prompt_of_the_lowest_priority_number_is_answered_first(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, ended = llm.engine.step, []
+
+    def watched() -> list[RequestOutput]:
+        outputs = step()
+        ended.extend(output.request_id for output in outputs if output.finished)
+        return outputs
+
+    monkeypatch.setattr(llm.engine, "step", watched)
+    monkeypatch.setattr(llm.engine.scheduler, "max_num_seqs", 1)
+    answers = llm.generate(["a", "b", "c"], GREEDY, priority=[2, 0, 1])
+    ids = [answer.request_id for answer in answers]
+    assert ended == [ids[1], ids[2], ids[0]]
+
+
 def test_a_request_that_the_pool_can_not_hold_runs_none_of_its_neighbours(llm: LLM) -> None:
     before = llm.engine.stats().num_prompt_tokens
     with pytest.raises(RequestError, match="too long: 200 tokens"):

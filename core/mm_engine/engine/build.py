@@ -82,15 +82,13 @@ def _pace(runner: ModelRunner, config: EngineConfig, *, max_tokens: int) -> Pace
     # rising as they do there.
     most = min(max_tokens, config.max_num_batched_tokens, max(64, 4 * config.max_num_seqs))
     pace = Pace(runner.time_steps(most), config.max_decode_slowdown)
-    for num_decodes in (1, 8, config.max_num_seqs):
-        seconds = pace.spare_seconds(num_decodes)
-        num_tokens = pace.num_tokens_more(num_decodes, seconds, config.max_num_batched_tokens)
-        logger.info(
-            "Beside %d decodes, which take %.1f ms, a step takes up to %d tokens of prompts.",
-            num_decodes,
-            1000 * pace.seconds(num_decodes),
-            max(num_tokens, MIN_PROMPT_TOKENS),
-        )
+    limits = []
+    for num_decodes in sorted({1, min(8, config.max_num_seqs), config.max_num_seqs}):
+        seconds, spare = pace.seconds(num_decodes), pace.spare_seconds(num_decodes)
+        num_tokens = pace.num_tokens_more(num_decodes, spare, config.max_num_batched_tokens)
+        num_tokens = max(num_tokens, MIN_PROMPT_TOKENS)
+        limits.append(f"{num_tokens} beside {num_decodes} decodes ({1000 * seconds:.1f} ms)")
+    logger.info("Tokens of prompts in a step: up to %s.", ", ".join(limits))
     return pace
 
 
