@@ -12,8 +12,8 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 serve: $(INSTALLED) ## Serve the demo checkpoint, or what ARGS names: make serve PORT=8123
 	$(BIN)/engine serve --port $(PORT) $(ARGS)
 
-test: lint ## What CI runs
-	$(BIN)/pytest $(ARGS)
+test: lint ## What CI runs: a file of tests at a time on each core
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -114,10 +114,10 @@ def test_features_of_another_length_than_the_prompts_fail_the_request(
     runner.encoder.drop(["same"])
 
 
-def load(llava: Path, folder: Path, method: str) -> LLM:
+def load(llava: Path, folder: Path, method: str, **options: Any) -> LLM:
     file = folder / "own_plugin.py"
     file.write_text(PLUGIN.format(method=method))
-    return LLM(str(llava), plugins=(str(file),), progress=False)
+    return LLM(str(llava), plugins=(str(file),), progress=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -205,3 +205,24 @@ def test_a_row_without_top_p_keeps_its_whole_tail_beside_one_with() -> None:
     cut = cut_top(peaked, torch.tensor([8, 8]), torch.tensor([[1.0], [0.9]]))
     assert torch.equal(cut[0], peaked[0])
     assert cut[1].nonzero().tolist() == [[0]]
+
+
+NEEDS_AN_IMAGE = """
+    def forward(self, input_ids, *args, **options):
+        if len(input_ids) == 1:
+            raise ValueError("no text alone")
+        return super().forward(input_ids, *args, **options)
+"""
+
+
+@pytest.mark.parametrize("method", ["pass", NEEDS_AN_IMAGE], ids=["sound", "no single tokens"])
+def test_a_model_whose_steps_can_not_be_timed_is_served_without_a_pace(
+    llava: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    llm = load(llava, tmp_path, method, max_decode_slowdown=2.0)
+    can_be_timed = method == "pass"
+    assert (llm.engine.scheduler.pace is not None) == can_be_timed
+    assert ("Steps can't be timed" in caplog.text) == (not can_be_timed)
+    assert ("no text alone" in caplog.text) == (not can_be_timed)
+    (answer,) = llm.generate("Hello", SamplingParams(temperature=0.0, max_tokens=1))
+    assert answer.error is None

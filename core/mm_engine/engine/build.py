@@ -11,7 +11,7 @@ from mm_engine.config import EngineConfig
 from mm_engine.engine.engine import Engine
 from mm_engine.engine.pace import MIN_PROMPT_TOKENS, Pace
 from mm_engine.engine.status import EngineInfo
-from mm_engine.errors import StartupError
+from mm_engine.errors import PluginError, StartupError
 from mm_engine.request import Request
 from mm_engine.worker.model_runner import ModelRunner
 
@@ -81,7 +81,12 @@ def _pace(runner: ModelRunner, config: EngineConfig, *, max_tokens: int) -> Pace
     # Beyond twice the tokens that all decodes can have at once, the times are taken to go on
     # rising as they do there.
     most = min(max_tokens, config.max_num_batched_tokens, max(64, 4 * config.max_num_seqs))
-    pace = Pace(runner.time_steps(most), config.max_decode_slowdown)
+    try:
+        times = runner.time_steps(most)
+    except PluginError as error:  # a model that takes no text without an image, say
+        logger.warning("Steps can't be timed: %s Prompts hold up answers without a limit.", error)
+        return None
+    pace = Pace(times, config.max_decode_slowdown)
     limits = []
     for num_decodes in sorted({1, min(8, config.max_num_seqs), config.max_num_seqs}):
         seconds, spare = pace.seconds(num_decodes), pace.spare_seconds(num_decodes)

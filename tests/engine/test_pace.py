@@ -1,0 +1,57 @@
+"""What a step costs, by what was measured, and what fits beside decodes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mm_engine.engine.pace import Pace
+
+TIMES = [(1, 1.0), (4, 1.0), (8, 3.0)]
+
+
+def test_times_rise_evenly_between_what_was_measured_and_behind_it() -> None:
+    pace = Pace(TIMES, 2.0)
+    measured = {0: 1.0, 1: 1.0, 3: 1.0, 4: 1.0, 5: 1.5, 7: 2.5, 8: 3.0, 10: 4.0, 100: 49.0}
+    assert {size: pace.seconds(size) for size in measured} == measured
+
+
+def test_a_larger_step_never_takes_less_time() -> None:
+    pace = Pace([(1, 2.0), (2, 1.0), (4, 3.0)], 2.0)  # beside a noisy neighbour
+    assert [pace.seconds(size) for size in (1, 2, 3, 4)] == [2.0, 2.0, 2.5, 3.0]
+
+
+def test_one_measurement_is_enough() -> None:
+    pace = Pace([(1, 2.0)], 1.5)
+    assert pace.seconds(1000) == 2.0
+    assert pace.num_tokens_more(1, 0.0, 50) == 50
+
+
+@pytest.mark.parametrize(
+    ("num_decodes", "num_tokens"), [(1, 5), (4, 2), (8, 6), (6, 4)], ids=lambda value: f"{value}"
+)
+def test_as_many_tokens_fit_as_the_slowdown_allows(num_decodes: int, num_tokens: int) -> None:
+    pace = Pace(TIMES, 2.0)
+    spare = pace.spare_seconds(num_decodes)
+    assert spare == pace.seconds(num_decodes)
+    assert pace.num_tokens_more(num_decodes, spare, 100) == num_tokens
+    assert pace.num_tokens_more(num_decodes, spare, 1) == 1
+
+
+@given(
+    st.lists(st.floats(0.001, 10.0), min_size=1, max_size=12),
+    st.floats(1.01, 5.0),
+    st.integers(1, 5000),
+    st.integers(0, 5000),
+)
+def test_what_fits_fits_and_one_more_does_not(
+    seconds: list[float], slowdown: float, num_decodes: int, most: int
+) -> None:
+    pace = Pace([(2**i, second) for i, second in enumerate(seconds)], slowdown)
+    spare = pace.spare_seconds(num_decodes)
+    limit = pace.seconds(num_decodes) + spare
+    num = pace.num_tokens_more(num_decodes, spare, most)
+    assert 0 <= num <= most
+    assert pace.seconds(num_decodes + num) <= limit
+    assert num == most or pace.seconds(num_decodes + num + 1) > limit
