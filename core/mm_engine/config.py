@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 #: What `engine serve` bounds `max_decode_slowdown` by.
 SERVED_DECODE_SLOWDOWN = 1.75
+MAX_PROMPT_LOOKUP = 32  # tokens; every length is looked up, and kept, for every token
 DEFAULT_LIMITS: Mapping[str, int] = {"image": 8}
 
 
@@ -43,6 +44,12 @@ class EngineConfig:
     #: Bytes of mapped images that are kept, in the front and in the engine process each; 0: none.
     mm_processor_cache_memory: int = 256 * 2**20
     memory_utilization: float = 0.9  # of the device's memory; on a CPU, of what is available
+    #: Speculative decoding by n-gram lookup: the most tokens that a step guesses of one answer; 0:
+    #: off. The newest `prompt_lookup_max` tokens are looked up in what came before, then fewer,
+    #: down to `prompt_lookup_min`.
+    num_speculative_tokens: int = 0
+    prompt_lookup_max: int = 4
+    prompt_lookup_min: int = 2
     seed: int = 0
     load_format: str = "auto"  # auto (safetensors) or dummy (random weights)
     attention_backend: str = "auto"
@@ -65,6 +72,15 @@ class EngineConfig:
             value = getattr(self, name)
             ok = value is None or (type(value) is int and value >= 1)
             _check(ok, name, value, "a positive integer")
+        for name, least, most in (
+            ("num_speculative_tokens", 0, None),
+            ("prompt_lookup_max", 1, MAX_PROMPT_LOOKUP),
+            ("prompt_lookup_min", 1, self.prompt_lookup_max),
+        ):
+            value = getattr(self, name)
+            ok = type(value) is int and value >= least and (most is None or value <= most)
+            above = "of at least 0" if most is None else f"from {least} to {most}"
+            _check(ok, name, value, f"an integer {above}")
         kept = self.mm_processor_cache_memory
         ok = type(kept) is int and kept >= 0
         _check(ok, "mm_processor_cache_memory", kept, "an integer of at least 0")
@@ -79,6 +95,38 @@ class EngineConfig:
         for modality, limit in self.limit_mm_per_prompt.items():
             ok = type(limit) is int and limit >= 0
             _check(ok, f"limit_mm_per_prompt of {modality}", limit, "an integer of at least 0")
+
+
+def speculation_options(speculative_config: object) -> dict[str, Any]:
+    """Fields of `EngineConfig` for a `speculative_config` in vLLM's shape.
+
+    As in vLLM, one of `prompt_lookup_max` and `prompt_lookup_min` alone stands for both.
+
+    Raises:
+        StartupError: a key or a method that isn't known, or one that is missing.
+    """
+    keys = ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+    if not isinstance(speculative_config, Mapping):
+        raise StartupError(
+            f"speculative_config can't be read: {speculative_config!r}. "
+            'Write {"method": "ngram", "num_speculative_tokens": 5}.'
+        )
+    for key in speculative_config:
+        if key not in keys:
+            raise StartupError(
+                f"speculative_config has a key that isn't known: {key!r}. Use {', '.join(keys)}."
+            )
+    method, number = (speculative_config.get(key) for key in keys[:2])
+    if method != "ngram":
+        raise StartupError(f"speculative_config's method isn't known: {method!r}. Use 'ngram'.")
+    if number is None:
+        raise StartupError(
+            "speculative_config has no num_speculative_tokens. Say how many a step may guess."
+        )
+    given = {key: speculative_config[key] for key in keys[2:] if key in speculative_config}
+    if len(given) == 1:
+        given = dict.fromkeys(keys[2:], *given.values())
+    return {"num_speculative_tokens": number, **given}
 
 
 def _check(ok: bool, name: str, value: object, wanted: str) -> None:

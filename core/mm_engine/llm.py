@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mm_engine.config import EngineConfig
+from mm_engine.config import EngineConfig, speculation_options
 from mm_engine.engine.build import build_engine
 from mm_engine.errors import PluginError, RequestError
 from mm_engine.inputs.media import ImageSource, MediaLimits, load_images
@@ -37,7 +37,8 @@ class LLM:
 
     `LLM(model, **options)` takes the fields of `EngineConfig` as keywords (`dtype`,
     `max_model_len`, `max_num_seqs`, `max_num_batched_tokens`, `block_size`, `kv_cache_memory`, …).
-    Without a model it loads the demo that an installed plugin bundles.
+    Without a model it loads the demo that an installed plugin bundles. `speculative_config` is
+    vLLM's: `{"method": "ngram", "num_speculative_tokens": 5}`.
 
     Raises:
         StartupError: no such checkpoint, no plugin for it, options that contradict it.
@@ -45,8 +46,15 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | None = None, *, chat_template: str | None = None, **options: Any
+        self,
+        model: str | None = None,
+        *,
+        chat_template: str | None = None,
+        speculative_config: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
+        if speculative_config is not None:
+            options |= speculation_options(speculative_config)
         self.config = EngineConfig(model=str(model or default_model()), **options)
         opened = open_model(self.config)
         self.pipeline = InputPipeline(opened, chat_template=chat_template)

@@ -32,6 +32,7 @@ class Sequence:
     num_cached_tokens: int | None = None  # found in the cache when it was admitted first
     block_table: list[int] = field(default_factory=list)  # owner: engine/kv_cache.py
     block_keys: list[bytes] = field(default_factory=list)  # owner: engine/block_keys.py
+    ngrams: Any = None  # owner: engine/prompt_lookup.py
     status: SequenceStatus = SequenceStatus.WAITING  # owner: engine/scheduler.py
     arrival: int = 0  # how many came before it; owner: engine/scheduler.py
     finish_reason: str | None = None  # owner: engine/engine.py
@@ -80,10 +81,15 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """One sequence's share of a step: its next `num_new_tokens` uncomputed tokens."""
+    """One sequence's share of a step: its next `num_new_tokens` uncomputed tokens.
+
+    A decode may have a draft behind them: guesses of the tokens to come, which the step computes
+    as if they were known. Those that the model would have sampled are taken.
+    """
 
     sequence: Sequence
     num_new_tokens: int
+    draft_token_ids: tuple[int, ...] = ()  # only where `samples`
 
     @property
     def start(self) -> int:
@@ -92,12 +98,20 @@ class ScheduledSequence:
 
     @property
     def end(self) -> int:
-        """Position after the last token of this share."""
+        """Position after the last known token of this share; a draft begins there."""
         return self.sequence.num_computed_tokens + self.num_new_tokens
 
     @property
+    def num_rows(self) -> int:
+        """Tokens that the model computes for this share: the known ones and the draft."""
+        return self.num_new_tokens + len(self.draft_token_ids)
+
+    @property
     def samples(self) -> bool:
-        """Whether this share reaches the sequence's last token, so that a next one is sampled."""
+        """Whether this share reaches the sequence's last token, so that a next one is sampled.
+
+        With a draft up to `len(draft_token_ids)` more are.
+        """
         return self.end == self.sequence.num_tokens
 
 
@@ -120,13 +134,16 @@ class ScheduledBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in this step over all sequences."""
-        return sum(scheduled.num_new_tokens for scheduled in self.sequences)
+        """Tokens in this step over all sequences, drafts included."""
+        return sum(scheduled.num_rows for scheduled in self.sequences)
 
 
 @dataclass(slots=True)
 class SampledToken:
-    """What a step brought one scheduled sequence: a token, nothing (mid-prefill), or an error."""
+    """What a step brought one scheduled sequence: a token, nothing (mid-prefill), or an error.
+
+    Where its draft began as the answer goes on, more than one token.
+    """
 
     token_id: int | None = None
     logprob: float | None = None  # of token_id, under the model's own distribution
@@ -135,3 +152,4 @@ class SampledToken:
         None  # (token id, log-probability), likeliest first
     )
     error: ErrorInfo | None = None  # the request fails with this, its neighbours go on
+    accepted: tuple[SampledToken, ...] = ()  # the tokens before this one: the draft's first ones

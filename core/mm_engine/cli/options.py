@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from mm_engine.config import speculation_options
 from mm_engine.errors import StartupError
 
 MODEL_PANEL = "Model"
@@ -82,6 +83,17 @@ KVCacheMemory = Annotated[
     ),
 ]
 
+SpeculativeConfig = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help="Guess an answer's next tokens where it quotes what came before: "
+        '{"method": "ngram", "num_speculative_tokens": 5}; also prompt_lookup_max (4) and '
+        "prompt_lookup_min (2). Changes no answer.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+
 _UNITS = {
     "": 1, "b": 1,
     "k": 10**3, "kb": 10**3, "kib": 2**10,
@@ -103,6 +115,21 @@ def parse_size(text: str, flag: str, *, least: int = 1) -> int:
     if size < least:
         raise StartupError(f"{flag} is no size: {text}. Write 512MiB, 2GiB or a number of bytes.")
     return size
+
+
+def parse_speculation(text: str | None) -> dict[str, Any]:
+    """Fields of `EngineConfig` for `--speculative-config`.
+
+    Raises:
+        StartupError: it isn't JSON, or asks for what isn't known.
+    """
+    if text is None or not text.strip():
+        return {}
+    try:
+        config = json.loads(text)
+    except ValueError:
+        config = text
+    return speculation_options(config)
 
 
 def parse_limits(text: str | None) -> dict[str, int]:

@@ -154,6 +154,7 @@ def serve(
             rich_help_panel=options.MEMORY_PANEL,
         ),
     ] = "256MiB",
+    speculative_config: options.SpeculativeConfig = None,
     memory_utilization: Annotated[
         float,
         typer.Option(
@@ -198,6 +199,7 @@ def serve(
         mm_processor_cache_memory=options.parse_size(
             mm_processor_cache_memory, "--mm-processor-cache-memory", least=0
         ),
+        **options.parse_speculation(speculative_config),
         memory_utilization=memory_utilization,
         seed=seed,
         load_format=load_format,

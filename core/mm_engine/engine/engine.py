@@ -11,6 +11,7 @@ from mm_engine.engine.encoder_cache import EncoderCache
 from mm_engine.engine.fault_barrier import FaultBarrier, Runner, explain, needed_keys
 from mm_engine.engine.kv_cache import KVCache
 from mm_engine.engine.pace import Pace
+from mm_engine.engine.prompt_lookup import PromptLookup
 from mm_engine.engine.scheduler import Scheduler
 from mm_engine.engine.status import EngineInfo, EngineStats
 from mm_engine.errors import RequestError
@@ -66,6 +67,13 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             pace=pace,
+            prompt_lookup=PromptLookup(
+                config.num_speculative_tokens,
+                longest=config.prompt_lookup_max,
+                shortest=config.prompt_lookup_min,
+            )
+            if config.num_speculative_tokens
+            else None,
         )
         self.max_model_len = max_model_len or config.max_model_len or self.kv_cache.max_tokens
         self._answers: dict[str, _Answer] = {}  # by request id, until the last news is taken
@@ -73,6 +81,9 @@ class Engine:
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
         self._num_steps = 0
+        self._num_drafts = 0
+        self._num_draft_tokens = 0
+        self._num_accepted_tokens = 0
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; returns what is new for each request that has news."""
@@ -153,9 +164,8 @@ class Engine:
             samples = share.samples
             self.kv_cache.advance(share.sequence, share.num_new_tokens)
             if samples:
-                assert token.token_id is not None
                 try:
-                    self._append(share.sequence, token, token.token_id)
+                    self._take(share, token)
                 except Exception as error:  # a tokenizer may choke on what this model says
                     self._fail(share.sequence.request, explain(error))
         return self._take_news()
@@ -178,9 +188,29 @@ class Engine:
             num_prompt_tokens=self._num_prompt_tokens,
             num_generation_tokens=self._num_generation_tokens,
             num_steps=self._num_steps,
+            num_drafts=self._num_drafts,
+            num_draft_tokens=self._num_draft_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
         )
 
-    def _append(self, sequence: Sequence, token: SampledToken, token_id: int) -> None:
+    def _take(self, share: ScheduledSequence, token: SampledToken) -> None:
+        """Append what a step sampled for one sequence: each token may be the last."""
+        sequence = share.sequence
+        self._num_drafts += bool(share.draft_token_ids)
+        self._num_draft_tokens += len(share.draft_token_ids)
+        for accepted in token.accepted:
+            self._append(sequence, accepted)
+            self._num_accepted_tokens += 1
+            if sequence.finished:
+                return  # the answer ends inside the draft: the rest is dropped
+            self.kv_cache.advance(sequence, 1)  # it was computed, as a part of the draft
+        self._append(sequence, token)
+        if share.draft_token_ids:
+            self.kv_cache.free_unused(sequence)  # those that only a rejected draft needed
+
+    def _append(self, sequence: Sequence, token: SampledToken) -> None:
+        token_id = token.token_id
+        assert token_id is not None
         params = sequence.request.sampling_params
         assert params.max_tokens is not None  # add() saw to it
         if sequence.num_output_tokens == 0:  # its prompt is through; recomputed ones don't count
@@ -207,7 +237,10 @@ class Engine:
         if stop is not None:
             new.finish_reason, new.stop_reason = "stop", stop
         answer = self._answers[sequence.request.request_id]
-        answer.news.append(new)
+        if answer.news and answer.news[-1].index == new.index:  # the same step brought one before
+            answer.news[-1].extend(new)
+        else:
+            answer.news.append(new)
         self._changed[sequence.request.request_id] = answer
         if new.finish_reason is not None:
             sequence.finish_reason = new.finish_reason

@@ -52,10 +52,11 @@ class FaultBarrier:
         except BaseException as error:  # a plugin's model may raise anything, SystemExit too
             if may_be_the_users(error):
                 raise
-            if len(batch.sequences) <= 1:
+            has_draft = any(share.draft_token_ids for share in batch.sequences)
+            if len(batch.sequences) <= 1 and not has_draft:
                 return [SampledToken(error=explain(error)) for _ in batch.sequences]
             logger.warning(
-                "A step of %d sequences failed: %s. Each is run alone.",
+                "A step of %d sequences failed: %s. Each is run alone, without a draft.",
                 len(batch.sequences),
                 type(error).__name__,
             )
@@ -75,6 +76,7 @@ class FaultBarrier:
     def _run_each_alone(self, batch: ScheduledBatch) -> list[SampledToken]:
         sampled: list[SampledToken] = []
         for share in batch.sequences:
+            share = replace(share, draft_token_ids=())  # nobody asked for it: it fails nobody
             keys = needed_keys(share)
             encode = tuple(item for item in batch.encode if item.content_key in keys)
             try:

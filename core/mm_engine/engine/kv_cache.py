@@ -85,17 +85,29 @@ class KVCache:
             self._num_users[block] = 1
             sequence.block_table.append(block)
 
+    def room_for(self, sequence: Sequence) -> int:
+        """The most uncomputed tokens of a sequence that its own and the free blocks can store."""
+        num_blocks = len(sequence.block_table) + len(self._free)
+        return num_blocks * self.block_size - sequence.num_computed_tokens
+
     def free(self, sequence: Sequence) -> None:
         """Take a sequence off all its blocks; what they hold stays to be found while it can."""
+        self._shrink(sequence, 0)
+
+    def free_unused(self, sequence: Sequence) -> None:
+        """Take a sequence off the blocks that hold none of its computed tokens."""
+        self._shrink(sequence, self.num_blocks_for(sequence.num_computed_tokens))
+
+    def _shrink(self, sequence: Sequence, num_blocks: int) -> None:
         # From the end: what follows is of no use once what it follows is gone.
-        for block in reversed(sequence.block_table):
+        while len(sequence.block_table) > num_blocks:
+            block = sequence.block_table.pop()
             assert self._num_users[block]
             self._num_users[block] -= 1
             if not self._num_users[block]:
                 self._free[block] = None
                 if self._key_of_block[block] is None:
                     self._free.move_to_end(block, last=False)
-        sequence.block_table.clear()
 
     def num_freed_by(self, sequences: Iterable[Sequence]) -> int:
         """Blocks that nobody would use if all of `sequences` gave up theirs."""

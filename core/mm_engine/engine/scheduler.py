@@ -6,6 +6,8 @@
    and get their first, in order of rank. A prompt begins behind the blocks that the KV cache
    still holds of it; one that would compute a block which another computes in this step waits
    for the next, and finds it there.
+4. Sequences that are decoding get drafts (`PromptLookup`), out of the tokens and the free blocks
+   that are left then. So a draft costs nobody a token, a place or a block.
 
 All of it within one budget of `max_num_batched_tokens`, at most `max_num_seqs` running. A chunk
 is as long as the budget allows, and may end inside an image.
@@ -44,6 +46,7 @@ from collections.abc import Iterable
 from mm_engine.engine.encoder_cache import EncoderCache
 from mm_engine.engine.kv_cache import KVCache
 from mm_engine.engine.pace import MIN_PROMPT_TOKENS, Pace
+from mm_engine.engine.prompt_lookup import PromptLookup
 from mm_engine.engine.waiting_queue import WaitingQueue
 from mm_engine.errors import RequestError
 from mm_engine.request import Request
@@ -69,6 +72,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         pace: Pace | None = None,
+        prompt_lookup: PromptLookup | None = None,
     ) -> None:
         assert max_num_batched_tokens >= 1 and max_num_seqs >= 1
         self.kv_cache = kv_cache
@@ -76,6 +80,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
         self.pace = pace
+        self.prompt_lookup = prompt_lookup  # None: no drafts
         self.running: list[Sequence] = []  # by rank
         self.waiting = WaitingQueue()
         self.num_preemptions = 0
@@ -151,7 +156,9 @@ class Scheduler:
         if not self._moves:
             return ScheduledBatch(())
         encode, evict = self.encoder_cache.end_step()
-        sequences = tuple(ScheduledSequence(seq, num) for seq, num in self._plan.items())
+        sequences = tuple(
+            ScheduledSequence(seq, num, self._draft(seq)) for seq, num in self._plan.items()
+        )
         return ScheduledBatch(sequences, encode, evict, self._slice)
 
     @property
@@ -285,6 +292,19 @@ class Scheduler:
         if not _decodes(sequence):
             self._has_prompt = True
             self._coming.update(self.kv_cache.keys_completed_by(sequence, num_new_tokens))
+
+    def _draft(self, sequence: Sequence) -> tuple[int, ...]:
+        """A draft for a sequence of the finished plan, and room for it; empty where none fits."""
+        if self.prompt_lookup is None or not _decodes(sequence):
+            return ()
+        max_tokens = sequence.request.sampling_params.max_tokens or 1
+        # The step brings a token more than is accepted: a longer draft would be for nothing.
+        wanted = max_tokens - sequence.num_output_tokens - 1
+        room = self.kv_cache.room_for(sequence) - self._plan[sequence]
+        draft = self.prompt_lookup.propose(sequence, min(wanted, room, self._budget))
+        self.kv_cache.append(sequence, self._plan[sequence] + len(draft))
+        self._budget -= len(draft)
+        return draft
 
     def _make_blocks(self, sequence: Sequence, num_new_tokens: int) -> bool:
         """Preempt sequences behind this one, the last first, until the blocks suffice.

@@ -41,3 +41,6 @@ class EngineStats:
     num_prompt_tokens: int  # of prompts computed
     num_generation_tokens: int
     num_steps: int
+    num_drafts: int  # of speculative decoding
+    num_draft_tokens: int
+    num_accepted_tokens: int  # of these, tokens that the answers really went on with

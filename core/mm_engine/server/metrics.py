@@ -42,6 +42,12 @@ _COUNTERS = {
     "generation_tokens": ("num_generation_tokens", "Tokens generated"),
     "steps": ("num_steps", "Steps of the engine"),
     "encodes": ("num_encodes", "Images that were encoded"),
+    "spec_decode_num_drafts": ("num_drafts", "Times that tokens of an answer were guessed"),
+    "spec_decode_num_draft_tokens": ("num_draft_tokens", "Tokens that were guessed"),
+    "spec_decode_num_accepted_tokens": (
+        "num_accepted_tokens",
+        "Guessed tokens that were those of the answer",
+    ),
 }
 #: What is counted in each cache.
 _CACHES = {

@@ -44,6 +44,10 @@ class StatusLine:
         generation = (stats.num_generation_tokens - before.num_generation_tokens) / elapsed
         if not (stats.num_running or stats.num_waiting or stats.num_steps > before.num_steps):
             return None
+        guessed = CacheCounts(
+            stats.num_draft_tokens - before.num_draft_tokens,
+            stats.num_accepted_tokens - before.num_accepted_tokens,
+        )
         hits = [f"{_SHORT[name]} {new.rate:.0%}" for name, new in news.items() if new.queries]
         return " · ".join(
             [
@@ -51,6 +55,7 @@ class StatusLine:
                 f"prompt {prompt:.0f}, answers {generation:.0f} tokens/s",
                 f"KV cache {stats.num_used_blocks / stats.num_blocks:.0%}",
                 *([f"hits: {', '.join(hits)}"] if hits else []),
+                *([f"drafts accepted {guessed.rate:.0%}"] if guessed.queries else []),
                 *(
                     [f"preempted {stats.num_preemptions - before.num_preemptions}"]
                     if stats.num_preemptions > before.num_preemptions

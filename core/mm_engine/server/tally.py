@@ -32,7 +32,7 @@ class Tally:
         for completion in output.outputs:
             if completion.token_ids:
                 self.num_completion_tokens += len(completion.token_ids)
-                self._time(now, (prompt, completion.index))
+                self._time(now, (prompt, completion.index), len(completion.token_ids))
             if completion.finish_reason is not None:
                 self.finish_reasons.append(completion.finish_reason)
 
@@ -57,11 +57,13 @@ class Tally:
             parts.append(f"first after {self.first_token_seconds:.2f} s")
         return " · ".join(parts)
 
-    def _time(self, now: float, completion: tuple[int, int]) -> None:
+    def _time(self, now: float, completion: tuple[int, int], num_tokens: int) -> None:
         if self.first_token_seconds is None:
             self.first_token_seconds = now - self._arrived
             self._metrics.first_token_seconds.observe(self.first_token_seconds)
         last = self._last_token.get(completion)
         if last is not None:
             self._metrics.token_seconds.observe(now - last)
+        for _ in range(num_tokens - 1):  # of the same step: nobody waited for them
+            self._metrics.token_seconds.observe(0.0)
         self._last_token[completion] = now

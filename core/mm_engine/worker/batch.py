@@ -22,7 +22,7 @@ class ForwardBatch:
     positions: Tensor  # [T]
     metadata: AttentionMetadata
     sampled_rows: Tensor  # rows of the step's tokens whose logits are wanted
-    sampled: list[int]  # the indices in `scheduled` that these rows belong to
+    sampled: list[int]  # the indices in `scheduled` that these rows belong to; drafts have several
     merges: list[
         tuple[Item, int, int, int]
     ]  # (item, its first row, destination row, number of rows)
@@ -45,12 +45,9 @@ def build_batch(
     for index, share in enumerate(scheduled):
         sequence, first_row = share.sequence, len(ids)
         ids += sequence.token_ids[share.start : share.end]
-        positions += range(share.start, share.end)
-        table = sequence.block_table
-        slots += [
-            table[position // block_size] * block_size + position % block_size
-            for position in range(share.start, share.end)
-        ]
+        ids += share.draft_token_ids
+        positions += range(share.start, share.start + share.num_rows)
+        slots += slots_of(share, block_size)
         for item in sequence.request.items:
             start = max(item.placeholder.offset, share.start)
             end = min(item.placeholder.end, share.end)
@@ -59,8 +56,9 @@ def build_batch(
                 ids[row : row + end - start] = [0] * (end - start)
                 merges.append((item, start - item.placeholder.offset, row, end - start))
         if share.samples:
-            sampled.append(index)
-            sampled_rows.append(len(ids) - 1)
+            # The last known token's row, and the draft's: what would come behind each of them.
+            sampled += [index] * (1 + len(share.draft_token_ids))
+            sampled_rows += range(first_row + share.num_new_tokens - 1, len(ids))
     width = max(len(share.sequence.block_table) for share in scheduled)
     tables = [
         table + table[:1] * (width - len(table))
@@ -75,8 +73,8 @@ def build_batch(
         kv_caches=kv_caches,
         slot_mapping=tensor(slots),
         block_tables=tensor(tables),
-        query_lens=[share.num_new_tokens for share in scheduled],
-        context_lens=[share.end for share in scheduled],
+        query_lens=[share.num_rows for share in scheduled],
+        context_lens=[share.start + share.num_rows for share in scheduled],
     )
     return ForwardBatch(
         scheduled=scheduled,
@@ -87,3 +85,12 @@ def build_batch(
         sampled=sampled,
         merges=merges,
     )
+
+
+def slots_of(share: ScheduledSequence, block_size: int) -> list[int]:
+    """Where the keys and values of a share's rows are stored."""
+    table = share.sequence.block_table
+    return [
+        table[position // block_size] * block_size + position % block_size
+        for position in range(share.start, share.start + share.num_rows)
+    ]

@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from mm_engine_kernels import reference
@@ -21,11 +22,12 @@ from mm_engine.request import Item, Request
 from mm_engine.sampling_params import SamplingParams
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence
 from mm_engine.sequence import Sequence as EngineSequence
-from mm_engine.worker.batch import ForwardBatch, build_batch
+from mm_engine.worker.batch import ForwardBatch, build_batch, slots_of
 from mm_engine.worker.encoder import Encoder
 from mm_engine.worker.loader import OpenedModel, load_model, pick_device
 from mm_engine.worker.memory import DeviceMemory
 from mm_engine.worker.sampler import Sampler
+from mm_engine.worker.verification import sample_shares
 
 MAX_TIMING = 3.0  # seconds that measuring the steps' times may take, but for the last of them
 
@@ -159,7 +161,8 @@ class ModelRunner:
         """Run one step; the result is aligned with `batch.sequences`.
 
         A sequence whose image can't be encoded, or whose hidden states or logits hold NaN, gets
-        an error; the others run on without it.
+        an error; the others run on without it. Where only a draft may be at fault, the step is
+        computed again without it.
         """
         with torch.inference_mode():
             self.encoder.drop(batch.evict)
@@ -185,6 +188,7 @@ class ModelRunner:
             )
             hidden = self._forward(forward)
             broken = dict.fromkeys(_not_finite(hidden, forward.metadata.query_lens), "forward")
+            logits = None
             if forward.sampled:
                 with self._blamed("compute_logits"):
                     logits = self.model.compute_logits(hidden[forward.sampled_rows])
@@ -195,15 +199,22 @@ class ModelRunner:
                     logits = logits.masked_fill(~finite[:, None], 0.0)
                     for row in (~finite).nonzero().flatten().tolist():
                         broken.setdefault(forward.sampled[row], "compute_logits")
-                sequences = [forward.scheduled[i].sequence for i in forward.sampled]
-                sampled = self.sampler.sample(logits, sequences)
-                for i, token in zip(forward.sampled, sampled, strict=True):
+            for i in broken:
+                self._clean(forward.scheduled[i])
+            doubtful = {running[i] for i in broken if forward.scheduled[i].draft_token_ids}
+            if doubtful:  # NaN of a draft reaches the rows before it; nothing is sampled yet
+                return self.run(_without_drafts(batch, doubtful))
+            if logits is not None:
+                indices = list(dict.fromkeys(forward.sampled))
+                shares = [forward.scheduled[i] for i in indices]
+                for i, token in zip(
+                    indices, sample_shares(self.sampler, logits, shares), strict=True
+                ):
                     results[running[i]] = token
             for i, method in broken.items():
                 fact = "expected finite numbers for this request, got NaN or infinity"
                 blamed = self.opened.plugin.blame(method, fact)
                 results[running[i]] = SampledToken(error=ErrorInfo("PluginError", str(blamed)))
-                self._clean(forward.scheduled[i])
             return results
 
     def _forward(self, forward: ForwardBatch) -> Tensor:
@@ -278,15 +289,23 @@ class ModelRunner:
         return None
 
     def _clean(self, scheduled: ScheduledSequence) -> None:
-        """Zero the blocks that a share wrote, if that may be NaN: masked NaN would still spread.
+        """Zero what a share wrote, if that may be NaN: masked NaN would still spread.
 
-        Blocks before them were filled by steps without a fault, and others may be reading them.
+        What stands before it was computed by steps without a fault, and others may be reading it.
         """
-        first = scheduled.start // self.block_size
-        blocks = torch.tensor(scheduled.sequence.block_table[first:], device=self.device)
+        slots = torch.tensor(slots_of(scheduled, self.block_size), device=self.device)
         for key_cache, value_cache in self.kv_caches:
-            key_cache[blocks] = 0
-            value_cache[blocks] = 0
+            key_cache.flatten(0, 1)[slots] = 0
+            value_cache.flatten(0, 1)[slots] = 0
+
+
+def _without_drafts(batch: ScheduledBatch, indices: set[int]) -> ScheduledBatch:
+    """The plan without the drafts of these of its sequences."""
+    shares = tuple(
+        replace(share, draft_token_ids=()) if i in indices else share
+        for i, share in enumerate(batch.sequences)
+    )
+    return replace(batch, sequences=shares)
 
 
 def _touched(scheduled: ScheduledSequence) -> list[Item]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +18,7 @@ from mm_engine.sequence import SampledToken, Sequence
 class SamplerState:
     """What sampling remembers of one sequence between steps."""
 
-    generator: torch.Generator  # on the CPU: one number a step, the same on every device
+    generator: torch.Generator  # on the CPU: one number a token, the same on every device
     prompt_mask: Tensor | None = None  # [vocab] bool: ids that occur in the prompt
     output_counts: Tensor | None = None  # [vocab] float: how often each id was generated
     num_counted: int = 0  # output tokens that output_counts holds
@@ -29,8 +31,16 @@ class Sampler:
         self.seed = seed
         self.num_unseeded = 0
 
-    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> list[SampledToken]:
+    def sample(
+        self,
+        logits: Tensor,
+        sequences: Seq[Sequence],
+        accepted: Seq[Seq[int]] | None = None,
+    ) -> list[SampledToken]:
         """One token for each row of `logits` `[N, vocab]`; `sequences[i]` owns row i.
+
+        `accepted[i]` are the ids between the sequence's last token and the row, where its draft
+        was right.
 
         The rows are finite, or -inf for an id that can't come; the runner sees to it.
         Log-probabilities are the model's, before penalties, temperature and cuts.
@@ -39,7 +49,7 @@ class Sampler:
         params = [sequence.request.sampling_params for sequence in sequences]
         wants_logprobs = [i for i, p in enumerate(params) if p.logprobs is not None]
         raw = logits.log_softmax(-1) if wants_logprobs else None
-        adjusted = self._adjust(logits, sequences)
+        adjusted = self._adjust(logits, sequences, accepted)
         chosen = adjusted.argmax(-1)
         random = [i for i, p in enumerate(params) if not p.greedy]
         if random:
@@ -50,6 +60,22 @@ class Sampler:
         if raw is not None:
             self._report(raw, chosen, wants_logprobs, params, sampled)
         return sampled
+
+    @contextmanager
+    def unmoved_by_a_fault(self, sequences: Seq[Sequence]) -> Iterator[None]:
+        """Whatever raises in here, the sequences draw next what they would have drawn before."""
+        num_unseeded = self.num_unseeded
+        states = [s.sampler_state and s.sampler_state.generator.get_state() for s in sequences]
+        try:
+            yield
+        except BaseException:
+            self.num_unseeded = num_unseeded
+            for sequence, generator_state in zip(sequences, states, strict=True):
+                state, sequence.sampler_state = sequence.sampler_state, None
+                if generator_state is not None:  # counts are made anew when they are wanted
+                    sequence.sampler_state = SamplerState(state.generator)
+                    state.generator.set_state(generator_state)
+            raise
 
     def _state(self, sequence: Sequence) -> SamplerState:
         if sequence.sampler_state is None:
@@ -63,22 +89,28 @@ class Sampler:
         state: SamplerState = sequence.sampler_state
         return state
 
-    def _adjust(self, logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+    def _adjust(
+        self,
+        logits: Tensor,
+        sequences: Seq[Sequence],
+        accepted: Seq[Seq[int]] | None = None,
+    ) -> Tensor:
         """Apply logit_bias, min_tokens and penalties to the rows that ask for them."""
         adjusted = logits
+        accepted = accepted or [()] * len(sequences)
         for i, sequence in enumerate(sequences):
             p = sequence.request.sampling_params
             penalised = (
                 p.repetition_penalty != 1.0 or p.presence_penalty != 0 or p.frequency_penalty != 0
             )
-            too_short = sequence.num_output_tokens < p.min_tokens
+            too_short = sequence.num_output_tokens + len(accepted[i]) < p.min_tokens
             if not (penalised or too_short or p.logit_bias):
                 continue
             if adjusted is logits:
                 adjusted = logits.clone()
             row = adjusted[i]
             if penalised:
-                self._penalise(row, sequence, p)
+                self._penalise(row, sequence, accepted[i], p)
             if p.logit_bias:
                 ids = torch.tensor(list(p.logit_bias), device=row.device)
                 row[ids] += torch.tensor(list(p.logit_bias.values()), device=row.device)
@@ -87,7 +119,9 @@ class Sampler:
                 row[[token for token in ends if token < row.shape[0]]] = float("-inf")
         return adjusted
 
-    def _penalise(self, row: Tensor, sequence: Sequence, p: SamplingParams) -> None:
+    def _penalise(
+        self, row: Tensor, sequence: Sequence, accepted: Seq[int], p: SamplingParams
+    ) -> None:
         """OpenAI's presence and frequency penalties over the output; CTRL's repetition penalty
         (arXiv:1909.05858, as in transformers) over prompt and output. In place."""
         state = self._state(sequence)
@@ -96,7 +130,7 @@ class Sampler:
             state.prompt_mask = torch.zeros_like(row, dtype=torch.bool)
             prompt = torch.tensor(sequence.request.prompt_token_ids, device=row.device)
             state.prompt_mask[prompt[prompt < row.shape[0]]] = True
-        new = sequence.output_token_ids[state.num_counted :]
+        new = [*sequence.output_token_ids, *accepted][state.num_counted :]
         state.num_counted += len(new)
         ids = torch.tensor(new, dtype=torch.int64, device=row.device)
         state.output_counts.index_add_(0, ids, torch.ones_like(ids, dtype=row.dtype))

@@ -79,6 +79,7 @@ class EngineFlags:
             rich_help_panel=options.MEMORY_PANEL,
         ),
     ] = "256MiB"
+    speculative_config: options.SpeculativeConfig = None
     memory_utilization: Annotated[
         float,
         typer.Option(
@@ -112,6 +113,7 @@ class EngineFlags:
             if values[name] is not None:
                 flag, least = _flag(name), 0 if name.startswith("mm_") else 1
                 values[name] = options.parse_size(values[name], flag, least=least)
+        values.update(options.parse_speculation(values.pop("speculative_config")))
         limit = max(num_images, DEFAULT_LIMITS["image"])
         return {**values, "limit_mm_per_prompt": {"image": limit}}
 
