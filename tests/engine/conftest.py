@@ -7,6 +7,7 @@ what was written to each slot of the cache, and holds every step to what the eng
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,7 @@ class CheckingRunner:
         self.raises: dict[str, BaseException] = {}  # by request id, while its share is in a step
         self.bad_items: dict[str, ErrorInfo] = {}  # by content key, when it is encoded
         self.after_run: Callable[[], None] = lambda: None
+        self.says: Callable[[list[Any]], int] | None = None  # the next token, by all before it
         self.failed = False
         self.num_computed = 0  # tokens
         self.num_mixed_steps = 0  # prefill chunks and decodes together
@@ -88,7 +90,7 @@ class CheckingRunner:
         self.encoded: list[str] = []
         self.begun: dict[str, float] = {}  # content key of what is encoded in slices -> seconds
         self.num_slices = 0
-        self.order: list[list[tuple[str, int]]] = []  # per step: (request id, tokens)
+        self.order: list[list[tuple[str, int]]] = []  # per step: (request id, tokens and draft)
 
     def run(self, batch: ScheduledBatch) -> list[SampledToken]:
         self._check_sizes(batch)
@@ -107,9 +109,7 @@ class CheckingRunner:
         assert sum(self.features.values()) + self._begun_rows <= self.max_rows
         self._raise_if_told(batch)
         sampled = [self._compute(share, errors) for share in batch.sequences]
-        self.order.append(
-            [(s.sequence.request.request_id, s.num_new_tokens) for s in batch.sequences]
-        )
+        self.order.append([(s.sequence.request.request_id, s.num_rows) for s in batch.sequences])
         self.after_run()
         return sampled
 
@@ -164,12 +164,15 @@ class CheckingRunner:
         sequence, size = share.sequence, self.config.block_size
         assert not sequence.finished
         assert share.num_new_tokens > 0 and share.end <= sequence.num_tokens
-        assert len(sequence.block_table) == -(-share.end // size), "as many blocks as needed"
+        draft, end = list(share.draft_token_ids), share.start + share.num_rows
+        if draft:
+            self._check_draft(share)
+        assert len(sequence.block_table) == -(-end // size), "as many blocks as needed"
         assert len(set(sequence.block_table)) == len(sequence.block_table)
-        rows = content(sequence.request) + sequence.output_token_ids
-        pasts = all_pasts(sequence.request.cache_salt, rows[: share.end])
-        self.num_computed += share.num_new_tokens
-        for position in range(share.end):
+        rows = content(sequence.request) + sequence.output_token_ids + draft
+        pasts = all_pasts(sequence.request.cache_salt, rows[:end])
+        self.num_computed += share.num_rows
+        for position in range(end):
             slot = sequence.block_table[position // size] * size + position % size
             assert 0 <= slot < self.num_blocks * size
             if position >= share.start:
@@ -186,8 +189,24 @@ class CheckingRunner:
             self.num_cut_items += item.placeholder.offset < share.end < item.placeholder.end
         if not share.samples:
             return SampledToken()
-        token_id = next_token(rows, sequence.index, self.vocab)
-        return SampledToken(token_id, -1.5, 1, [(token_id, -1.5), (64, -2.5)])
+        sampled: list[SampledToken] = []
+        for number in range(len(draft) + 1):
+            known = rows[: sequence.num_tokens + number]
+            says = self.says or (lambda rows: next_token(rows, sequence.index, self.vocab))
+            token_id = says(known)
+            sampled.append(SampledToken(token_id, -1.5, 1, [(token_id, -1.5), (64, -2.5)]))
+            if draft[number : number + 1] != [token_id]:
+                break
+        sampled[-1].accepted = tuple(sampled[:-1])
+        return sampled[-1]
+
+    def _check_draft(self, share: ScheduledSequence) -> None:
+        sequence, params = share.sequence, share.sequence.request.sampling_params
+        assert share.samples and share.num_new_tokens == 1 and sequence.num_output_tokens > 0
+        num = len(share.draft_token_ids)
+        assert num <= self.config.num_speculative_tokens
+        assert sequence.num_output_tokens + num < (params.max_tokens or 0), "can't all be taken"
+        assert PLACEHOLDER_ID not in share.draft_token_ids
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -295,6 +314,33 @@ def run_all() -> Callable[..., dict[str, RequestOutput]]:
 def expected() -> Callable[..., list[int]]:
     """`expected(request, index, vocab)`: the tokens that this completion must be."""
     return expected_tokens
+
+
+@pytest.fixture(scope="session")
+def check_blocks() -> Callable[[Engine, CheckingRunner, dict[bytes, list[bytes]]], None]:
+    """`check_blocks(engine, runner, known)` after each step: what holds for blocks between steps.
+
+    Each running sequence has as many as its computed tokens take, each block's users are counted
+    exactly, and each block that is kept holds what its key says. `known` is empty at first.
+    """
+
+    def check(engine: Engine, runner: CheckingRunner, known: dict[bytes, list[bytes]]) -> None:
+        cache, running = engine.kv_cache, engine.scheduler.running
+        size = cache.block_size
+        for sequence in running:
+            num_needed = -(-sequence.num_computed_tokens // size)
+            assert len(sequence.block_table) == num_needed or sequence.finished
+            rows = content(sequence.request) + sequence.output_token_ids
+            pasts = all_pasts(sequence.request.cache_salt, rows)
+            for number, key in enumerate(sequence.block_keys):
+                known[key] = pasts[number * size : (number + 1) * size]
+        uses = Counter(block for sequence in running for block in sequence.block_table)
+        assert [uses[block] for block in range(cache.num_blocks)] == cache._num_users
+        for key, block in cache._block_of_key.items():
+            slots = range(block * size, (block + 1) * size)
+            assert [runner.slots[slot] for slot in slots] == known[key]
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ class Arrival:
     abort_in_step: bool  # between schedule and process
     salt: str
     priority: int
+    ignore_eos: bool
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Sizes:
     max_rows: int
     enable_prefix_caching: bool
     max_decode_slowdown: float | None
+    num_speculative_tokens: int
 
 
 parts = st.lists(
@@ -51,6 +53,7 @@ arrivals = st.builds(
     abort_in_step=st.booleans(),
     salt=st.sampled_from(["", "", "mine"]),
     priority=st.sampled_from([0, 0, 0, -1, 5]),
+    ignore_eos=st.booleans(),
 )
 sizes = st.builds(
     Sizes,
@@ -61,16 +64,20 @@ sizes = st.builds(
     max_rows=st.integers(4, 14),
     enable_prefix_caching=st.booleans(),
     max_decode_slowdown=st.sampled_from([None, 1.1, 2.0, 4.0]),
+    num_speculative_tokens=st.integers(0, 5),
 )
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(arrivals, min_size=1, max_size=8), sizes)
+@given(st.lists(arrivals, min_size=1, max_size=8), sizes, st.sampled_from([1, 2, 20]))
 def test_every_request_ends_as_it_would_alone(
-    new_engine, new_request, expected, arrived: list[Arrival], sizes: Sizes
+    new_engine, new_request, expected, check_blocks, arrived: list[Arrival], sizes: Sizes, vocab
 ) -> None:
     engine, runner = new_engine(
         num_blocks=sizes.num_blocks,
+        vocab=vocab,  # the fewer letters, the oftener is a draft right
+        num_speculative_tokens=sizes.num_speculative_tokens,
+        prompt_lookup_min=1,
         max_rows=sizes.max_rows,
         block_size=sizes.block_size,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
@@ -87,11 +94,12 @@ def test_every_request_ends_as_it_would_alone(
             priority=arrival.priority,
             max_tokens=arrival.max_tokens,
             n=arrival.n,
+            ignore_eos=arrival.ignore_eos,
         )
         for i, arrival in enumerate(arrived)
     }
     by_id = dict(zip(requests, arrived, strict=True))
-    sums, refused = {}, set()
+    sums, refused, known = {}, set(), {}
     step = 0
     while engine.has_work or step <= 15:
         for request_id, arrival in by_id.items():
@@ -117,6 +125,7 @@ def test_every_request_ends_as_it_would_alone(
             else:
                 sums[output.request_id] = output
         assert all(waits.num_computed_tokens == 0 for waits in engine.scheduler.waiting)
+        check_blocks(engine, runner, known)
         step += 1
         assert step < 3000, "no end in sight"
 
@@ -150,13 +159,18 @@ def test_every_request_ends_as_it_would_alone(
     event(f"cut inside an image: {runner.num_cut_items > 0}")
     assert not runner.begun
     event(f"encoded in slices: {runner.num_slices > 0}")
+    assert stats.num_accepted_tokens <= stats.num_draft_tokens
+    assert stats.num_draft_tokens <= stats.num_drafts * sizes.num_speculative_tokens
+    event(f"drafts accepted: {stats.num_accepted_tokens > 0}")
+    event(f"drafts rejected: {stats.num_accepted_tokens < stats.num_draft_tokens}")
     event(f"encoded again: {len(set(runner.encoded)) < len(runner.encoded)}")
 
 
+@pytest.mark.parametrize("num_speculative_tokens", [0, 3])
 @pytest.mark.parametrize("reuses", [False, True])
 @pytest.mark.parametrize("num_blocks", [14, 80])
 def test_the_paths_of_the_property_are_really_taken(
-    new_engine, new_request, run_all, num_blocks: int, reuses: bool
+    new_engine, new_request, run_all, num_blocks: int, reuses: bool, num_speculative_tokens: int
 ) -> None:
     engine, runner = new_engine(
         num_blocks=num_blocks,
@@ -164,13 +178,19 @@ def test_the_paths_of_the_property_are_really_taken(
         max_num_batched_tokens=6,
         max_rows=8,
         enable_prefix_caching=reuses,
+        vocab=2,
+        num_speculative_tokens=num_speculative_tokens,
+        prompt_lookup_min=1,
     )
     for i in range(6):
-        engine.add(new_request(f"r{i}", [2, "abcd"[i % 4], 3], lengths=LENGTHS, max_tokens=12))
+        parts = [2, "abcd"[i % 4], 3]
+        engine.add(new_request(f"r{i}", parts, lengths=LENGTHS, max_tokens=12, ignore_eos=True))
     run_all(engine)
     assert (engine.stats().num_preemptions > 0) == (num_blocks == 14)
     assert runner.num_mixed_steps > 0
     assert runner.num_cut_items > 0
     assert engine.stats().num_encodes == len(runner.encoded) >= 4
+    accepted, drafted = engine.stats().num_accepted_tokens, engine.stats().num_draft_tokens
+    assert 0 < accepted < drafted if num_speculative_tokens else drafted == 0
     assert (engine.stats().num_prefix_hits > 0) == reuses
     assert (engine.kv_cache.num_evictions > 0) == (reuses and num_blocks == 14)

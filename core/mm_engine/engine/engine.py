@@ -17,7 +17,7 @@ from mm_engine.engine.status import EngineInfo, EngineStats
 from mm_engine.errors import RequestError
 from mm_engine.outputs import CompletionOutput, ErrorInfo, Logprob, RequestOutput
 from mm_engine.request import Request
-from mm_engine.sequence import SampledToken, ScheduledBatch, Sequence
+from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, Sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
