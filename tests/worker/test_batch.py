@@ -54,6 +54,25 @@ def test_a_recomputed_sequence_is_sampled_at_its_last_output_token_only() -> Non
     assert build((preempted, 5)).sampled_rows.tolist() == [4]
 
 
+def test_a_draft_lies_behind_its_sequence_and_every_row_of_it_is_sampled() -> None:
+    decode = placed(make_sequence((21, 22), (23, 24, 25, 26)), 5, [0, 9, 5])
+    prefill = placed(make_sequence((11, 12, 13)), 0, [7])
+    shares = [
+        ScheduledSequence(decode, 1, draft_token_ids=(27, 28, 29)),
+        ScheduledSequence(prefill, 3),
+    ]
+    batch = build_batch(shares, TorchAttention(), [], BLOCK, torch.device("cpu"))
+    assert batch.input_ids.tolist() == [26, 27, 28, 29, 11, 12, 13]
+    assert batch.positions.tolist() == [5, 6, 7, 8, 0, 1, 2]
+    slots = [9 * 4 + 1, 9 * 4 + 2, 9 * 4 + 3, 5 * 4, 7 * 4, 7 * 4 + 1, 7 * 4 + 2]
+    assert batch.metadata.slot_mapping.tolist() == slots
+    assert batch.metadata.query_lens == [4, 3]
+    assert batch.metadata.context_lens == [9, 3]
+    assert batch.sampled == [0, 0, 0, 0, 1]
+    assert batch.sampled_rows.tolist() == [0, 1, 2, 3, 6]
+    assert decode.token_ids == [21, 22, 23, 24, 25, 26]
+
+
 PROMPT = (1, 2, IMAGE, IMAGE, IMAGE, IMAGE, 3, IMAGE, IMAGE, 4)
 FIRST, SECOND = make_item("a", 2, 4), make_item("b", 7, 2, 1)
 
