@@ -16,7 +16,7 @@ from mm_engine import LLM, SamplingParams
 from mm_engine.outputs import RequestOutput
 from mm_engine.worker.encoder import batch
 from parity import Case, Oracle, Trace, picture
-from test_parity import CACHES
+from test_parity import CACHES, OPTIONS, check_drafts, is_cached
 
 NUM_SIZES = 52  # in each of four geometries: 208
 NUM_TOKENS = 8
@@ -163,11 +163,11 @@ def test_all_sizes_mixed_in_one_batch(fixture: Fixture, caches: str) -> None:
     assert llm.engine.stats().num_preemptions == 0
 
 
-@pytest.mark.parametrize("caches", CACHES)
+@pytest.mark.parametrize("caches", [*CACHES, "cached-drafts"])
 def test_chunks_that_cut_images_while_blocks_run_out(fixture: Fixture, caches: str) -> None:
     longest = max(len(ids) for ids in fixture.prompt_ids)
     memory = (longest + NUM_TOKENS + 2) * BYTES_PER_TOKEN
-    options = {"max_num_batched_tokens": 1500, "block_size": 2, **CACHES[caches]}
+    options = {"max_num_batched_tokens": 1500, "block_size": 2, **OPTIONS[caches]}
     llm = fixture.llm(kv_cache_memory=memory, **options)
     trace = Trace.of(llm)
     fixture.run(llm)
@@ -176,7 +176,8 @@ def test_chunks_that_cut_images_while_blocks_run_out(fixture: Fixture, caches: s
     stats = llm.engine.stats()
     assert stats.num_preemptions > 0
     assert stats.num_used_blocks == 0
-    assert (llm.engine.kv_cache.num_evictions > 0) == (caches == "cached")
+    assert (llm.engine.kv_cache.num_evictions > 0) == is_cached(caches)
+    check_drafts(llm, caches)
 
 
 IMAGES = tuple(
@@ -202,9 +203,11 @@ def test_several_images_in_a_prompt(
     prompts = [case.as_prompt() for case in SEVERAL]
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     answers = [oracle.answer(case, 24) for case in SEVERAL]
-    for options in ({}, {"max_num_batched_tokens": 11, "block_size": 4}):
-        llm = LLM(str(path), dtype="float32", progress=False, **options)
+    chunks: dict[str, Any] = {"max_num_batched_tokens": 11, "block_size": 4}
+    for caches, options in (("cached", {}), ("cached", chunks), ("cached-drafts", chunks)):
+        llm = LLM(str(path), dtype="float32", progress=False, **options, **OPTIONS[caches])
         outputs: list[RequestOutput] = llm.generate(prompts, params)
+        assert (llm.engine.stats().num_drafts > 0) == ("drafts" in caches)
         for case, answer, output in zip(SEVERAL, answers, outputs, strict=True):
             assert output.prompt_token_ids == oracle.expanded_ids(case)
             oracle.check(case, answer, output.outputs[0].token_ids)

@@ -59,6 +59,9 @@ def test_version_names_the_plugins() -> None:
     [
         (["serve", "--kv-cache-memory", "lots"], "--kv-cache-memory is no size: lots"),
         (["serve", "--limit-mm-per-prompt", "4"], "--limit-mm-per-prompt can't be read: 4"),
+        (["serve", "--speculative-config", "ngram"], "can't be read: 'ngram'"),
+        (["bench", "latency", "--speculative-config", "[5]"], "can't be read: [5]"),
+        (["serve", "--speculative-config", '{"method": "eagle"}'], "isn't known: 'eagle'"),
         (["generate", "x", "-m", "/no/such"], "/no/such"),
         (["generate", "x", "-i", "/no/such.png"], "the picture can't be read: /no/such.png"),
         (["generate", "x", "-i", __file__], "not a PNG, JPEG, WebP or GIF"),

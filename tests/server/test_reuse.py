@@ -186,6 +186,13 @@ def test_line_tells_what_is_new_since_the_last() -> None:
     )
 
 
+def test_line_tells_how_many_guesses_were_right() -> None:
+    line = StatusLine(ProcessedItems(1))
+    line.update(stats(num_steps=1, num_draft_tokens=100, num_accepted_tokens=90), 100.0)
+    now = stats(num_steps=2, num_draft_tokens=200, num_accepted_tokens=115)
+    assert (line.update(now, 105.0) or "").endswith("KV cache 0% · drafts accepted 25%")
+
+
 def test_idle_server_says_nothing() -> None:
     line = StatusLine(ProcessedItems(1))
     assert [line.update(stats(num_steps=7), now) for now in (1.0, 2.0, 2.0)] == [None] * 3
