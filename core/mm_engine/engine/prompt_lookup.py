@@ -7,7 +7,8 @@ are looked up in all that came before, and what followed them there is the draft
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mm_engine.sequence import Sequence
@@ -28,7 +29,8 @@ class PromptLookup:
     longest that was seen before counts. Placeholders are no text: an n-gram holds none, none is
     ever proposed, and an occurrence right before one is passed over.
 
-    A token is looked at once, when it is new; a call costs a few lookups, however long the prompt.
+    Tokens are looked at when they are new; a call costs a few lookups, however long the prompt.
+    An index takes some 100 bytes for each token and each length of n-gram.
     """
 
     def __init__(self, max_draft: int, *, longest: int, shortest: int) -> None:
@@ -56,13 +58,25 @@ class PromptLookup:
         index: NgramIndex = sequence.ngrams or NgramIndex()
         sequence.ngrams = index
         ids = sequence.token_ids
-        for end in range(index.end, sequence.num_tokens):
-            # A placeholder at `end` makes its text start behind it: nothing to index before it.
-            room = end - _text_start(sequence, end + 1)
-            for length in range(self.shortest, min(self.longest, room) + 1):
-                index.next_of[tuple(ids[end - length : end])] = end
+        for begin, end in _text_runs(sequence, index.end):
+            for length in range(self.shortest, self.longest + 1):
+                # Tokens of a run, but for its last: nothing that could be proposed follows that.
+                first = max(begin, index.end - length)
+                ngrams = zip(*(ids[first + i : end - 1] for i in range(length)), strict=False)
+                index.next_of.update(zip(ngrams, range(first + length, end), strict=False))
         index.end = max(index.end, sequence.num_tokens)
         return index
+
+
+def _text_runs(sequence: Sequence, start: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of each text without a placeholder in it, from the one around `start` on."""
+    items = sequence.request.items
+    number = bisect_left(items, start, key=lambda item: item.placeholder.offset)
+    begin = items[number - 1].placeholder.end if number else 0
+    for item in items[number:]:
+        yield begin, item.placeholder.offset
+        begin = item.placeholder.end
+    yield begin, sequence.num_tokens
 
 
 def _text_start(sequence: Sequence, end: int) -> int:
