@@ -173,3 +173,21 @@ def test_greedy_rows_are_compared_position_by_position() -> None:
     ):
         (last,) = sample_shares(Sampler(0), rows, [ScheduledSequence(sequence, 1, tuple(draft))])
         assert [t.token_id for t in (*last.accepted, last)] == tokens
+
+
+def test_min_tokens_counts_the_accepted_ones() -> None:
+    sequence = make_sequence((1,), (9,), temperature=0.0, min_tokens=3, eos=(EOS,))
+    rows = torch.zeros(3, VOCAB)
+    rows[:, EOS], rows[:, 4] = 5.0, 3.0  # the end is the likeliest everywhere
+    share = ScheduledSequence(sequence, 1, (4, 4))
+    (last,) = sample_shares(Sampler(0), rows, [share])
+    assert [t.token_id for t in (*last.accepted, last)] == [4, 4, EOS]
+
+
+def test_penalties_count_the_accepted_ones() -> None:
+    sequence = make_sequence((1,), (9,), temperature=0.0, frequency_penalty=2.0)
+    rows = torch.zeros(3, VOCAB)
+    rows[:, 4], rows[:, 5], rows[:, 6] = 9.0, 8.0, 6.5  # each one that was said falls by 2
+    share = ScheduledSequence(sequence, 1, (4, 5))
+    (last,) = sample_shares(Sampler(0), rows, [share])
+    assert [t.token_id for t in (*last.accepted, last)] == [4, 5, 4]
