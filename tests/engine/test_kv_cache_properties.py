@@ -95,6 +95,37 @@ class Pool(RuleBasedStateMachine):
             sequence.token_ids.append(token)
 
     @precondition(lambda self: self.running)
+    @rule(data=st.data(), num=st.integers(1, 7), right=st.integers(0, 7), token=st.integers(0, 1))
+    def draft(self, data: st.DataObject, num: int, right: int, token: int) -> None:
+        """A decode with `num` guesses, of which the first `right` are what comes."""
+        sequence = data.draw(st.sampled_from(self.running))
+        num = min(num, self.cache.room_for(sequence) - 1)
+        if sequence.num_uncomputed_tokens != 1 or num < 1:
+            return
+        assert not self.cache.can_append(sequence, self.cache.room_for(sequence) + 1)
+        self.cache.append(sequence, 1 + num)
+        first = sequence.num_computed_tokens // BLOCK_SIZE
+        for block in sequence.block_table[first:]:
+            assert not any(block in o.block_table for o in self.running if o is not sequence)
+            self.content[block] = ("broken",)  # until the guesses are known to be right
+        self.cache.advance(sequence, 1)
+        for _ in range(min(right, num)):
+            sequence.token_ids.append(token)
+            self.content_of(sequence, first)
+            self.cache.advance(sequence, 1)
+        self.content_of(sequence, first)
+        sequence.token_ids.append(token)
+        self.cache.free_unused(sequence)
+        assert len(sequence.block_table) == -(-sequence.num_computed_tokens // BLOCK_SIZE)
+        assert sequence.num_uncomputed_tokens == 1
+
+    def content_of(self, sequence: Sequence, first: int) -> None:
+        """Note what was computed of blocks from the one of number `first` on."""
+        num_full = sequence.num_tokens // BLOCK_SIZE
+        for number in range(first, num_full):
+            self.content[sequence.block_table[number]] = past(sequence, (number + 1) * BLOCK_SIZE)
+
+    @precondition(lambda self: self.running)
     @rule(data=st.data())
     def preempt(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(self.running))
