@@ -300,12 +300,12 @@ class ModelRunner:
 
 
 def _without_drafts(batch: ScheduledBatch, indices: set[int]) -> ScheduledBatch:
-    """The plan without the drafts of these of its sequences."""
+    """The plan without the drafts of these of its sequences, and what it encodes is encoded."""
     shares = tuple(
         replace(share, draft_token_ids=()) if i in indices else share
         for i, share in enumerate(batch.sequences)
     )
-    return replace(batch, sequences=shares)
+    return replace(batch, sequences=shares, encode_slice=None)
 
 
 def _touched(scheduled: ScheduledSequence) -> list[Item]:
