@@ -127,10 +127,10 @@ class ServerProcess:
         )
 
     def metric(self, name: str, key: str | None = None) -> float:
-        """The value of a metric without labels."""
+        """The value of a metric; its name has the labels, if any: `x_total{route="/health"}`."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         text = self.http.get("/metrics", headers=headers).text
-        found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         assert found, text
         return float(found[1])
 

@@ -44,6 +44,14 @@ class ErrorInfo:
     param: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """How long the engine took until a request's first token: seconds of the engine's own clock."""
+
+    queue: float  # from its arrival in the engine to the first step that it takes part in
+    prefill: float  # from then to its first token
+
+
 @dataclass(slots=True)
 class RequestOutput:
     """The answer to a request. The engine sends increments; `LLM` returns the sum."""
@@ -57,6 +65,7 @@ class RequestOutput:
         default_factory=list
     )  # placeholders expanded; `LLM` fills it in
     num_cached_tokens: int = 0
+    times: RequestTimes | None = field(default=None, compare=False)  # with the first token
 
     def extend(self, new: RequestOutput) -> None:
         """Add an increment to this sum; completions are kept in order of index."""
@@ -70,3 +79,4 @@ class RequestOutput:
         self.finished = new.finished
         self.error = new.error
         self.num_cached_tokens = max(self.num_cached_tokens, new.num_cached_tokens)
+        self.times = self.times or new.times

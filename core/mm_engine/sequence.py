@@ -37,6 +37,8 @@ class Sequence:
     arrival: int = 0  # how many came before it; owner: engine/scheduler.py
     finish_reason: str | None = None  # owner: engine/engine.py
     num_preemptions: int = 0
+    arrival_time: float = 0.0  # seconds by time.monotonic(); owner: engine/scheduler.py
+    start_time: float | None = None  # of its first step, by the same clock and owner
     detokenizer: Any = None  # owner: engine/detokenizer.py
     sampler_state: Any = None  # owner: worker/sampler.py
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mm_engine.config import EngineConfig
 from mm_engine.engine import wire
 from mm_engine.engine.status import EngineInfo, EngineStats
-from mm_engine.outputs import CompletionOutput, ErrorInfo, Logprob, RequestOutput
+from mm_engine.outputs import CompletionOutput, ErrorInfo, Logprob, RequestOutput, RequestTimes
 from mm_engine.request import Item, PlaceholderRange, Request
 from mm_engine.sampling_params import SamplingParams
 
@@ -177,3 +177,10 @@ OUTPUT = RequestOutput(
 )
 def test_messages_from_the_engine_arrive_as_they_were_sent(message: wire.FromEngine) -> None:
     assert wire.decode_from_engine(wire.encode(message)) == message
+
+
+def test_times_arrive_with_the_output() -> None:
+    sent = RequestOutput("r", times=RequestTimes(0.25, 1.5))
+    got = wire.decode_from_engine(wire.encode(wire.Outputs([sent, OUTPUT])))
+    assert isinstance(got, wire.Outputs)
+    assert [output.times for output in got.outputs] == [RequestTimes(0.25, 1.5), None]

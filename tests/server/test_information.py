@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
+import pytest
 from openai import OpenAI
 
 from mm_engine.contract import contract_version
 from mm_engine.plugins.discovery import installed
 from mm_engine.server.app import ROUTES
-from serving import ServerProcess
+from serving import ServerProcess, wait_until
 
 
 def test_the_model_is_listed_with_its_length(client: OpenAI) -> None:
@@ -36,6 +39,15 @@ def test_metrics_count_what_happens(server: ServerProcess, client: OpenAI) -> No
         "e2e_request_latency_seconds_count",
         "time_to_first_token_seconds_count",
         "inter_token_latency_seconds_count",
+        "request_queue_time_seconds_count",
+        "request_prefill_time_seconds_count",
+        "request_decode_time_seconds_count",
+        "request_time_per_output_token_seconds_count",
+        "request_prompt_tokens_count",
+        "request_prompt_tokens_sum",
+        "request_generation_tokens_sum",
+        'request_success_total{finished_reason="length"}',
+        'request_success_total{finished_reason="abort"}',
     )
     ask = {"model": "demo", "max_tokens": 5, "extra_body": {"ignore_eos": True}}
     before = [server.metric(f"mm_engine_{name}") for name in names]
@@ -44,7 +56,61 @@ def test_metrics_count_what_happens(server: ServerProcess, client: OpenAI) -> No
     grown = [
         server.metric(f"mm_engine_{name}") - old for name, old in zip(names, before, strict=True)
     ]
-    assert grown == [answer.usage.prompt_tokens, 5, 1, 1, 4]
+    num_prompt = answer.usage.prompt_tokens
+    assert grown == [num_prompt, 5, 1, 1, 4, 1, 1, 1, 1, 1, num_prompt, 5, 1, 0]
+
+
+def test_parts_of_an_answers_time_add_up(server: ServerProcess, client: OpenAI) -> None:
+    def seconds(name: str) -> float:
+        return server.metric(f"mm_engine_{name}_seconds_sum")
+
+    names = (
+        "request_queue_time",
+        "request_prefill_time",
+        "request_decode_time",
+        "time_to_first_token",
+        "inter_token_latency",
+        "request_time_per_output_token",
+    )
+    before = [seconds(name) for name in names]
+    client.completions.create(
+        model="demo", prompt="circle", max_tokens=9, extra_body={"ignore_eos": True}
+    )
+    queue, prefill, decode, first, between, mean = (
+        seconds(name) - old for name, old in zip(names, before, strict=True)
+    )
+    assert 0 < queue < prefill
+    assert queue + prefill <= first  # which has the way to the engine and back on top
+    assert decode == pytest.approx(between) == pytest.approx(8 * mean)
+
+
+def test_time_in_the_queue_is_the_time_of_those_before(strict: ServerProcess) -> None:
+    """One at a time: the second waits for the first."""
+    queue = "mm_engine_request_queue_time_seconds_sum"
+    body = {"prompt": "circle", "max_tokens": 60, "ignore_eos": True}
+
+    def ask() -> None:
+        assert strict.http.post("/v1/completions", json=body).status_code == 200
+
+    before, start = strict.metric(queue), time.monotonic()
+    ask()
+    alone, seconds = strict.metric(queue) - before, time.monotonic() - start
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(ask) for _ in range(2)]:
+            done.result()
+    together = strict.metric(queue) - before - alone
+    assert alone < seconds / 4 < together
+
+
+def test_an_answer_that_nobody_waits_for_counts_as_aborted(server: ServerProcess) -> None:
+    name = 'mm_engine_request_success_total{finished_reason="abort"}'
+    before = server.metric(name)
+    body = {"prompt": "circle", "max_tokens": 3000, "ignore_eos": True, "n": 2, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert server.metric(name) == before
+    wait_until(lambda: server.metric(name) == before + 2, "two aborted completions")
 
 
 def test_metrics_count_requests_by_route_and_status(server: ServerProcess) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from mm_engine.engine.prompt_lookup import PromptLookup
 from mm_engine.engine.scheduler import Scheduler
 from mm_engine.engine.status import EngineInfo, EngineStats
 from mm_engine.errors import RequestError
-from mm_engine.outputs import CompletionOutput, ErrorInfo, Logprob, RequestOutput
+from mm_engine.outputs import CompletionOutput, ErrorInfo, Logprob, RequestOutput, RequestTimes
 from mm_engine.request import Request
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, Sequence
 
@@ -30,6 +31,7 @@ class _Answer:
     sequences: list[Sequence]
     news: list[CompletionOutput] = field(default_factory=list)
     error: ErrorInfo | None = None
+    times: RequestTimes | None = None  # with the news of the first token
 
 
 class Engine:
@@ -213,8 +215,11 @@ class Engine:
         assert token_id is not None
         params = sequence.request.sampling_params
         assert params.max_tokens is not None  # add() saw to it
+        answer = self._answers[sequence.request.request_id]
         if sequence.num_output_tokens == 0:  # its prompt is through; recomputed ones don't count
             self._num_prompt_tokens += sequence.num_prompt_tokens
+            if sequence is answer.sequences[0]:  # no other of the request starts earlier
+                answer.times = _times_of(sequence)
         sequence.token_ids.append(token_id)
         self._num_generation_tokens += 1
         new = CompletionOutput(sequence.index, token_ids=[token_id])
@@ -236,7 +241,6 @@ class Engine:
         )
         if stop is not None:
             new.finish_reason, new.stop_reason = "stop", stop
-        answer = self._answers[sequence.request.request_id]
         if answer.news and answer.news[-1].index == new.index:  # the same step brought one before
             answer.news[-1].extend(new)
         else:
@@ -274,9 +278,17 @@ class Engine:
             output = RequestOutput(request_id, answer.news, finished, answer.error)
             # Of the first: the others of a request find what the first has computed.
             output.num_cached_tokens = answer.sequences[0].num_cached_tokens or 0
+            output.times = answer.times
             outputs.append(output)
-            answer.news = []
+            answer.news, answer.times = [], None
             if finished:
                 del self._answers[request_id]
         self._changed = {}
         return outputs
+
+
+def _times_of(sequence: Sequence) -> RequestTimes:
+    """The times of a sequence that has just been given its first token."""
+    assert sequence.start_time is not None  # it was scheduled
+    queue = sequence.start_time - sequence.arrival_time
+    return RequestTimes(queue, time.monotonic() - sequence.start_time)

@@ -40,6 +40,7 @@ until one can. The last one left has the whole pool and the whole encoder cache 
 from __future__ import annotations
 
 import math
+import time
 from bisect import bisect_right, insort
 from collections.abc import Iterable
 
@@ -128,7 +129,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence whose request passed `check`."""
-        sequence.arrival = self._num_added
+        sequence.arrival, sequence.arrival_time = self._num_added, time.monotonic()
         self._num_added += 1
         self.waiting.add(sequence)
 
@@ -233,6 +234,8 @@ class Scheduler:
             sequence.num_computed_tokens = 0
             return False
         self.waiting.remove(sequence)
+        if sequence.start_time is None:  # recomputing after preemption isn't a start
+            sequence.start_time = time.monotonic()
         sequence.status = SequenceStatus.RUNNING
         insort(self.running, sequence, key=_rank)
         self.kv_cache.adopt(sequence, found)

@@ -105,12 +105,18 @@ class Exchange(Response):
         job = await self._endpoint(self._service, body, slots)
         tally = notes["tally"] = Tally(job.requests, self._service.metrics, arrived)
         answer = Answer(self._service.client, job.requests)
-        with self._service.answering(answer):
-            async with answer:
-                if job.stream:
-                    await _stream(answer, job.reply, tally, send, notes)
-                else:
-                    await _whole(answer, job, tally, send)
+        try:
+            with self._service.answering(answer):
+                async with answer:
+                    if job.stream:
+                        await _stream(answer, job.reply, tally, send, notes)
+                    else:
+                        await _whole(answer, job, tally, send)
+        except Exception:
+            tally.close("error")
+            raise
+        finally:
+            tally.close("abort")  # what hasn't ended by now: the client has left
 
 
 async def _whole(answer: Answer, job: Job, tally: Tally, send: Send) -> None:
@@ -141,6 +147,7 @@ async def _stream(
     except Exception as error:  # the status is out: the stream has to say it
         status, body = body_of(error)
         notes["failed"] = status
+        tally.close("error")
         last = b"data: " + json.dumps(body).encode("ascii") + b"\n\n"
     await send({"type": "http.response.body", "body": last})
 

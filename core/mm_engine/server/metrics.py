@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from mm_engine.inputs.processed_items import ProcessedItems
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+#: Why completions end. "abort": the client left, or the server didn't wait any longer.
+REASONS = ("stop", "length", "abort", "error")
 
 #: Fields of `EngineStats`, with the names of vLLM's metrics where the meaning is the same.
 _GAUGES = {
@@ -153,11 +156,39 @@ class Metrics:
         self.token_seconds = self._histogram(
             "inter_token_latency_seconds", "Between one token and the next of a completion"
         )
+        self.queue_seconds = self._histogram(
+            "request_queue_time_seconds",
+            "From a request's arrival in the engine to the first step that it takes part in",
+        )
+        self.prefill_seconds = self._histogram(
+            "request_prefill_time_seconds", "From a request's first step to its first token"
+        )
+        self.decode_seconds = self._histogram(
+            "request_decode_time_seconds", "From a completion's first token to its last"
+        )
+        self.mean_token_seconds = self._histogram(
+            "request_time_per_output_token_seconds",
+            "A completion's mean time from one token to the next (TPOT); none with a single token",
+        )
+        self.prompt_tokens = self._histogram(
+            "request_prompt_tokens", "Tokens of a request's prompt, images included", TOKENS
+        )
+        self.generation_tokens = self._histogram(
+            "request_generation_tokens", "Tokens of a completion", TOKENS
+        )
+        self.ended = Counter(
+            "mm_engine_request_success",
+            f"Completions that ended, by the reason: {', '.join(REASONS)}",
+            ["finished_reason"],
+            registry=self.registry,
+        )
+        for reason in REASONS:
+            self.ended.labels(reason)  # shown from the start, as 0
 
     def text(self, stats: EngineStats | None) -> bytes:
         """All metrics in Prometheus' text format."""
         self.engine.stats = stats
         return generate_latest(self.registry)
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"mm_engine_{name}", text, buckets=SECONDS, registry=self.registry)
+    def _histogram(self, name: str, text: str, buckets: Sequence[float] = SECONDS) -> Histogram:
+        return Histogram(f"mm_engine_{name}", text, buckets=buckets, registry=self.registry)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mm_engine.outputs import RequestOutput
 from mm_engine.request import Request
 from mm_engine.server.metrics import Metrics
 from mm_engine.server.responses import PromptTokensDetails, Usage
+
+
+@dataclass(slots=True)
+class _Completion:
+    """One completion so far; times are `time.perf_counter()`."""
+
+    num_tokens: int = 0
+    first_token: float = 0.0
+    last_token: float = 0.0
 
 
 class Tally:
@@ -23,18 +33,36 @@ class Tally:
         self._num_cached = dict.fromkeys(range(len(requests)), 0)
         self._metrics = metrics
         self._arrived = arrived
-        self._last_token: dict[tuple[int, int], float] = {}
+        self._prompts = [len(request.prompt_token_ids) for request in requests]  # until close()
+        self._open = {  # those that haven't ended
+            (prompt, index): _Completion()
+            for prompt, request in enumerate(requests)
+            for index in range(request.sampling_params.n)
+        }
 
     def add(self, prompt: int, output: RequestOutput) -> None:
         """Count what is new for the prompt of this index."""
         now = time.perf_counter()
         self._num_cached[prompt] = max(self._num_cached[prompt], output.num_cached_tokens)
-        for completion in output.outputs:
-            if completion.token_ids:
-                self.num_completion_tokens += len(completion.token_ids)
-                self._time(now, (prompt, completion.index), len(completion.token_ids))
-            if completion.finish_reason is not None:
-                self.finish_reasons.append(completion.finish_reason)
+        if output.times is not None:
+            self._metrics.queue_seconds.observe(output.times.queue)
+            self._metrics.prefill_seconds.observe(output.times.prefill)
+        for new in output.outputs:
+            completion = self._open[prompt, new.index]
+            if new.token_ids:
+                self.num_completion_tokens += len(new.token_ids)
+                self._time(now, completion, len(new.token_ids))
+            if new.finish_reason is not None:
+                self.finish_reasons.append(new.finish_reason)
+                self._end(self._open.pop((prompt, new.index)), new.finish_reason)
+
+    def close(self, reason: str) -> None:
+        """Count what hasn't ended as ended for this reason; a second call does nothing."""
+        for completion in self._open.values():
+            self._end(completion, reason)
+        for num_tokens in self._prompts:
+            self._metrics.prompt_tokens.observe(num_tokens)
+        self._open, self._prompts = {}, []
 
     @property
     def usage(self) -> Usage:
@@ -57,13 +85,24 @@ class Tally:
             parts.append(f"first after {self.first_token_seconds:.2f} s")
         return " · ".join(parts)
 
-    def _time(self, now: float, completion: tuple[int, int], num_tokens: int) -> None:
+    def _time(self, now: float, completion: _Completion, num_tokens: int) -> None:
         if self.first_token_seconds is None:
             self.first_token_seconds = now - self._arrived
             self._metrics.first_token_seconds.observe(self.first_token_seconds)
-        last = self._last_token.get(completion)
-        if last is not None:
-            self._metrics.token_seconds.observe(now - last)
+        if completion.num_tokens:
+            self._metrics.token_seconds.observe(now - completion.last_token)
+        else:
+            completion.first_token = now
         for _ in range(num_tokens - 1):  # of the same step: nobody waited for them
             self._metrics.token_seconds.observe(0.0)
-        self._last_token[completion] = now
+        completion.last_token = now
+        completion.num_tokens += num_tokens
+
+    def _end(self, completion: _Completion, reason: str) -> None:
+        self._metrics.ended.labels(reason).inc()
+        self._metrics.generation_tokens.observe(completion.num_tokens)
+        if completion.num_tokens:
+            seconds = completion.last_token - completion.first_token
+            self._metrics.decode_seconds.observe(seconds)
+            if completion.num_tokens > 1:
+                self._metrics.mean_token_seconds.observe(seconds / (completion.num_tokens - 1))
