@@ -92,6 +92,7 @@ def test_a_process_that_does_not_listen_is_killed(folder, pipeline, monkeypatch)
     [
         ({"model": "/no/such/model"}, "/no/such/model"),
         ({"kv_cache_memory": 100}, "kv_cache_memory is too small: 100 bytes"),
+        ({"encoder_cache_memory": 100}, "encoder_cache_memory is too small: 100 bytes"),
         ({"dtype": "float7"}, "float7"),
     ],
 )
