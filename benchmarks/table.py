@@ -1,6 +1,6 @@
 """Write the README's tables of figures from the records in benchmarks/results/ (`make docs`).
 
-Records of comparisons (those with `rows`) make one table each, in the order of their files' names;
+Records of comparisons (`is_comparison`) make one table each, in the order of their files' names;
 what stands between the markers is this script's. A test fails where the README is behind.
 """
 
@@ -43,7 +43,14 @@ def figure(value: float, unit: str) -> str:
 def tables() -> str:
     """The tables of all comparisons on record."""
     records = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*.json"))]
-    return "\n\n".join(comparison(record) for record in records if "rows" in record)
+    return "\n\n".join(comparison(record) for record in records if is_comparison(record))
+
+
+def is_comparison(record: Any) -> bool:
+    """Whether a record sets this engine beside another; other benchmarks lie in the folder too."""
+    rows = record.get("rows") if isinstance(record, dict) else None
+    sides = {"name", "unit", "ours", "theirs", "ratio"}
+    return bool(rows) and all(isinstance(row, dict) and sides <= row.keys() for row in rows)
 
 
 def updated(text: str) -> str:

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from checkpoints import make_llava
 from mm_engine import LLM, SamplingParams
 from parity import picture
@@ -55,6 +57,20 @@ def table() -> ModuleType:
 def test_the_figures_are_those_on_record() -> None:
     assert table().updated(README) == README, "README.md is behind the records: run `make docs`"
     assert "**1.71×**" in table().tables()
+
+
+def test_records_of_other_benchmarks_make_no_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = table()
+    (tmp_path / "a.json").write_text((module.RESULTS / "cpu-epyc-2-cores.json").read_text())
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    alone = module.tables()
+    assert "**1.71×**" in alone  # the control
+    others = [{"figures": {}}, {"rows": []}, {"rows": [{"queue": 1}]}, {"rows": [1]}, [1], None]
+    for number, other in enumerate(others):
+        (tmp_path / f"b{number}.json").write_text(json.dumps(other))
+    assert module.tables() == alone
 
 
 def test_a_figure_that_is_changed_by_hand_does_not_stay() -> None:

@@ -114,7 +114,8 @@ class ScheduledSequence:
 
         With a draft up to `len(draft_token_ids)` more are.
         """
-        return self.end == self.sequence.num_tokens
+        sequence = self.sequence  # no properties: this runs for each in each step
+        return sequence.num_computed_tokens + self.num_new_tokens == len(sequence.token_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,8 @@ class KVCache:
     def num_missing_blocks(self, sequence: Sequence, num_new_tokens: int) -> int:
         """Blocks to add before the next `num_new_tokens` uncomputed tokens can be stored."""
         num_tokens = sequence.num_computed_tokens + num_new_tokens
-        return max(0, self.num_blocks_for(num_tokens) - len(sequence.block_table))
+        num_missing = -(-num_tokens // self.block_size) - len(sequence.block_table)
+        return num_missing if num_missing > 0 else 0
 
     def can_append(self, sequence: Sequence, num_new_tokens: int) -> bool:
         """Whether the free blocks suffice for the next `num_new_tokens` uncomputed tokens."""
@@ -77,8 +78,9 @@ class KVCache:
 
     def append(self, sequence: Sequence, num_new_tokens: int) -> None:
         """Grow the block table to cover the next `num_new_tokens`; `can_append` must hold."""
-        assert self.can_append(sequence, num_new_tokens)
-        for _ in range(self.num_missing_blocks(sequence, num_new_tokens)):
+        num_missing = self.num_missing_blocks(sequence, num_new_tokens)
+        assert num_missing <= len(self._free)
+        for _ in range(num_missing):
             block, _ = self._free.popitem(last=False)
             assert not self._num_users[block]
             self._forget(block)
@@ -173,9 +175,13 @@ class KVCache:
 
         For tokens that were computed without a fault: others are given these blocks unseen.
         """
-        first = sequence.num_computed_tokens // self.block_size
+        start = sequence.num_computed_tokens
+        first = start // self.block_size
+        if first == (start + num_new_tokens) // self.block_size:  # as in most decodes: none is full
+            sequence.num_computed_tokens = start + num_new_tokens
+            return
         keys = self.keys_completed_by(sequence, num_new_tokens)
-        sequence.num_computed_tokens += num_new_tokens
+        sequence.num_computed_tokens = start + num_new_tokens
         full = sequence.block_table[first : first + len(keys)]
         for block, key in zip(full, keys, strict=True):
             if key not in self._block_of_key:  # else computed twice in one step: one is enough

@@ -184,9 +184,13 @@ class Scheduler:
         self._has_prompt, self._slice, self._lacking, self._admits = False, None, None, True
         self.encoder_cache.begin_step()
 
-        prefilling = [seq for seq in self.running if not _decodes(seq)]
-        for sequence in [seq for seq in self.running if _decodes(seq)]:
-            self._continue(sequence)
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self.running:
+            (decoding if _decodes(sequence) else prefilling).append(sequence)
+        for sequence in decoding:
+            if sequence.status is SequenceStatus.RUNNING and self._budget:
+                self._continue(sequence, 1)
         if self.pace is not None and self._plan:
             self._spare = self.pace.spare_seconds(len(self._plan))
             self._least_spare = MIN_SLICE * self._spare
@@ -195,21 +199,19 @@ class Scheduler:
             self.encoder_cache.finish_slices()
         for sequence in prefilling:
             self._admit_all(before=sequence.rank)
-            self._continue(sequence)
+            if sequence.status is SequenceStatus.RUNNING:  # else preempted a moment ago
+                self._continue(sequence, self._num_next_tokens(sequence))
+                self._encode_slice(wanted=True)
         self._admit_all(before=None)
         self._encode_slice(wanted=False)
 
-    def _continue(self, sequence: Sequence) -> None:
-        """Give a running sequence its next tokens, if it can have what they need."""
-        if sequence.status is not SequenceStatus.RUNNING:
-            return  # preempted a moment ago
-        num_new_tokens = self._num_next_tokens(sequence)
+    def _continue(self, sequence: Sequence, num_new_tokens: int) -> None:
+        """Give a running sequence its next tokens, if it can have blocks for them."""
         if num_new_tokens:
             if self._make_blocks(sequence, num_new_tokens):
                 self._put(sequence, num_new_tokens)
             elif self._lacking is None or sequence.rank < self._lacking.rank:
                 self._lacking = sequence
-        self._encode_slice(wanted=True)
 
     def _admit_all(self, *, before: tuple[int, int] | None) -> None:
         """Admit waiting sequences that come `before` a rank, up to one that can't be."""
@@ -285,7 +287,6 @@ class Scheduler:
     def _put(self, sequence: Sequence, num_new_tokens: int) -> None:
         assert sequence not in self._plan
         self.kv_cache.append(sequence, num_new_tokens)
-        self.encoder_cache.take(sequence, num_new_tokens)
         self._plan[sequence] = num_new_tokens
         if self.pace is not None and self._spare < math.inf:
             num_planned = self.max_num_batched_tokens - self._budget
@@ -294,6 +295,7 @@ class Scheduler:
         self._budget -= num_new_tokens
         if not _decodes(sequence):
             self._has_prompt = True
+            self.encoder_cache.take(sequence, num_new_tokens)
             self._coming.update(self.kv_cache.keys_completed_by(sequence, num_new_tokens))
 
     def _draft(self, sequence: Sequence) -> tuple[int, ...]:
@@ -341,7 +343,10 @@ class Scheduler:
 
 def _decodes(sequence: Sequence) -> bool:
     """Whether all but the newest output token is computed: the step needs no item's features."""
-    return sequence.num_uncomputed_tokens == 1 and sequence.num_output_tokens > 0
+    num_tokens = len(sequence.token_ids)  # no properties: this runs often for each in each step
+    return num_tokens - sequence.num_computed_tokens == 1 and num_tokens > len(
+        sequence.request.prompt_token_ids
+    )
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
