@@ -16,7 +16,7 @@ from mm_engine import LLM, SamplingParams
 from mm_engine.outputs import RequestOutput
 from mm_engine.worker.encoder import batch
 from parity import Case, Oracle, Trace, picture
-from test_parity import CACHES, OPTIONS, check_drafts, is_cached
+from test_parity import CACHES, OPTIONS, is_cached
 
 NUM_SIZES = 52  # in each of four geometries: 208
 NUM_TOKENS = 8
@@ -177,7 +177,7 @@ def test_chunks_that_cut_images_while_blocks_run_out(fixture: Fixture, caches: s
     assert stats.num_preemptions > 0
     assert stats.num_used_blocks == 0
     assert (llm.engine.kv_cache.num_evictions > 0) == is_cached(caches)
-    check_drafts(llm, caches)
+    assert (stats.num_drafts > 0) == ("drafts" in caches)  # answers are short: all may be right
 
 
 IMAGES = tuple(
