@@ -81,6 +81,12 @@ class Load:
         item = Item(place, image or f"image {number}", {})
         return Sequence(Request(str(number), (*ids, number), PARAMS, (item,)))
 
+    def add_in_front(self, sequence: Sequence) -> None:
+        """Queue a sequence that is to be admitted next."""
+        self.scheduler.add(sequence)
+        self.scheduler.waiting.remove(sequence)
+        self.scheduler.waiting.put_back(sequence)
+
     def step(self) -> float:
         """One step; its microseconds."""
         start = time.thread_time()
@@ -102,8 +108,7 @@ class Load:
         for _ in range(num):
             # In front, where the next is taken from: the rest of the queue stays as it is.
             sequence = self.new(image)
-            self.scheduler.add(sequence)
-            self.scheduler.waiting.move_to_end(sequence, last=False)
+            self.add_in_front(sequence)
             plain = self.step()
             self.scheduler.finish(self.scheduler.running[0])
             with_admission = self.step()
@@ -126,8 +131,7 @@ def measure(num_running: int, queue: int, num_steps: int) -> Figures:
         admission = load.admission(num_steps // 4, None)
         load.admission(1, None)
         first = load.new("shared")
-        load.scheduler.add(first)
-        load.scheduler.waiting.move_to_end(first, last=False)
+        load.add_in_front(first)
         load.scheduler.finish(load.scheduler.running[0])
         load.step()
         found = load.admission(num_steps // 4, "shared")
