@@ -158,7 +158,8 @@ class Scheduler:
             return ScheduledBatch(())
         encode, evict = self.encoder_cache.end_step()
         sequences = tuple(
-            ScheduledSequence(seq, num, self._draft(seq)) for seq, num in self._plan.items()
+            ScheduledSequence(seq, num, self._draft(seq) if self.prompt_lookup else ())
+            for seq, num in self._plan.items()
         )
         return ScheduledBatch(sequences, encode, evict, self._slice)
 
@@ -190,7 +191,7 @@ class Scheduler:
             (decoding if _decodes(sequence) else prefilling).append(sequence)
         for sequence in decoding:
             if sequence.status is SequenceStatus.RUNNING and self._budget:
-                self._continue(sequence, 1)
+                self._decode(sequence)
         if self.pace is not None and self._plan:
             self._spare = self.pace.spare_seconds(len(self._plan))
             self._least_spare = MIN_SLICE * self._spare
@@ -200,18 +201,23 @@ class Scheduler:
         for sequence in prefilling:
             self._admit_all(before=sequence.rank)
             if sequence.status is SequenceStatus.RUNNING:  # else preempted a moment ago
-                self._continue(sequence, self._num_next_tokens(sequence))
-                self._encode_slice(wanted=True)
+                self._continue(sequence)
         self._admit_all(before=None)
         self._encode_slice(wanted=False)
 
-    def _continue(self, sequence: Sequence, num_new_tokens: int) -> None:
-        """Give a running sequence its next tokens, if it can have blocks for them."""
-        if num_new_tokens:
-            if self._make_blocks(sequence, num_new_tokens):
-                self._put(sequence, num_new_tokens)
-            elif self._lacking is None or sequence.rank < self._lacking.rank:
-                self._lacking = sequence
+    def _decode(self, sequence: Sequence) -> None:
+        """Plan the newest token of a running sequence, if it can have a block for it."""
+        if self._make_blocks(sequence, 1):
+            self.kv_cache.append(sequence, 1)
+            self._plan[sequence] = 1
+            self._budget -= 1
+
+    def _continue(self, sequence: Sequence) -> None:
+        """Plan the next chunk of a running sequence's prompt, if it can have what it needs."""
+        num_new_tokens = self._num_next_tokens(sequence)
+        if num_new_tokens and self._make_blocks(sequence, num_new_tokens):
+            self._put(sequence, num_new_tokens)
+        self._encode_slice(wanted=True)
 
     def _admit_all(self, *, before: tuple[int, int] | None) -> None:
         """Admit waiting sequences that come `before` a rank, up to one that can't be."""
@@ -285,6 +291,7 @@ class Scheduler:
             self._spare = 0.0
 
     def _put(self, sequence: Sequence, num_new_tokens: int) -> None:
+        """Plan a chunk of a prompt, for which there are blocks."""
         assert sequence not in self._plan
         self.kv_cache.append(sequence, num_new_tokens)
         self._plan[sequence] = num_new_tokens
@@ -293,10 +300,9 @@ class Scheduler:
             longer = self.pace.seconds(num_planned + num_new_tokens)
             self._spare = max(0.0, self._spare - longer + self.pace.seconds(num_planned))
         self._budget -= num_new_tokens
-        if not _decodes(sequence):
-            self._has_prompt = True
-            self.encoder_cache.take(sequence, num_new_tokens)
-            self._coming.update(self.kv_cache.keys_completed_by(sequence, num_new_tokens))
+        self._has_prompt = True
+        self.encoder_cache.take(sequence, num_new_tokens)
+        self._coming.update(self.kv_cache.keys_completed_by(sequence, num_new_tokens))
 
     def _draft(self, sequence: Sequence) -> tuple[int, ...]:
         """A draft for a sequence of the finished plan, and room for it; empty where none fits."""
@@ -314,13 +320,15 @@ class Scheduler:
     def _make_blocks(self, sequence: Sequence, num_new_tokens: int) -> bool:
         """Preempt sequences behind this one, the last first, until the blocks suffice.
 
-        If they can't, none is preempted.
+        If they can't, none is preempted, and the sequence is noted as lacking them.
         """
         if self.kv_cache.can_append(sequence, num_new_tokens):
             return True
         behind = self.running[self.running.index(sequence) + 1 :]
         num_free = self.kv_cache.num_free_blocks + self.kv_cache.num_freed_by(behind)
         if self.kv_cache.num_missing_blocks(sequence, num_new_tokens) > num_free:
+            if self._lacking is None or sequence.rank < self._lacking.rank:
+                self._lacking = sequence
             return False
         while not self.kv_cache.can_append(sequence, num_new_tokens):
             self._preempt(self.running[-1])
