@@ -174,7 +174,8 @@ def test_chunks_that_cut_images_while_blocks_run_out(fixture: Fixture, caches: s
     assert trace.cut_images > 8
     assert max(step.num_tokens for step in trace.steps) <= 1500
     stats = llm.engine.stats()
-    assert stats.num_preemptions > 0
+    # Short answers that come in fewer steps may all fit. test_parity_drafts.py has both at once.
+    assert stats.num_preemptions > 0 or "drafts" in caches
     assert stats.num_used_blocks == 0
     assert (llm.engine.kv_cache.num_evictions > 0) == is_cached(caches)
     assert (stats.num_drafts > 0) == ("drafts" in caches)  # answers are short: all may be right
