@@ -127,6 +127,7 @@ def main() -> None:
                 streams.run(args.steps, arrivals=name != "alone", run=run)
                 bar.advance(task)
     record = {
+        "benchmark": "fairness",
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),

@@ -42,10 +42,11 @@ def main() -> None:
     """Measure, print, write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=Path(".cache/benchmark-0.5b"))
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    llm = LLM(str(make_checkpoint(args.checkpoint)), dtype="bfloat16", kv_cache_memory=1 << 29)
+    llm = LLM(str(make_checkpoint(args.checkpoint)), dtype=args.dtype, kv_cache_memory=1 << 29)
     rng = np.random.default_rng(0)
     first, second, found = [], [], []
     for turn in range(args.rounds + 1):  # one to warm up
@@ -60,10 +61,12 @@ def main() -> None:
             found.append(num_found)
     figures = [statistics.median(values) for values in (first, second)]
     record = {
+        "benchmark": "reuse",
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
+        "dtype": args.dtype,
         "rounds": args.rounds,
         "first_question_seconds": figures[0],
         "second_question_seconds": figures[1],

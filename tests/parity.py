@@ -120,6 +120,7 @@ class Trace:
     cut_images: int = 0
     mixed_steps: int = 0
     most_sequences: int = 0
+    slices: int = 0  # steps that encoded a piece of an image
 
     @classmethod
     def of(cls, llm: LLM) -> Trace:
@@ -137,6 +138,7 @@ class Trace:
     def note(self, batch: ScheduledBatch) -> None:
         """Count what kind of step this is."""
         self.steps.append(batch)
+        self.slices += batch.encode_slice is not None
         self.most_sequences = max(self.most_sequences, len(batch.sequences))
         decodes = sum(
             s.sequence.num_output_tokens > 0 and s.num_new_tokens == 1 for s in batch.sequences

@@ -168,6 +168,22 @@ def test_preemption_when_blocks_run_out(fixture: Fixture, caches: str) -> None:
     check_drafts(llm, caches)
 
 
+def test_preempted_chunks_and_sliced_images_beside_decodes(fixture: Fixture, caches: str) -> None:
+    options = {"max_num_batched_tokens": 24, "max_decode_slowdown": 1.02, "block_size": 4}
+    memory = _cache_bytes(fixture, num_tokens=200)
+    llm = fixture.llm(kv_cache_memory=memory, **options, **OPTIONS[caches])
+    trace = Trace.of(llm)
+    for _ in range(2):
+        fixture.check(llm.generate(prompts(), GREEDY))
+    stats = llm.engine.stats()
+    assert stats.num_preemptions > 0
+    assert stats.num_used_blocks == 0
+    assert trace.cut_images > 0
+    assert trace.mixed_steps > 0
+    assert trace.slices > 0
+    check_drafts(llm, caches)
+
+
 def test_neighbours_of_an_aborted_request(fixture: Fixture, caches: str) -> None:
     llm = fixture.llm(max_num_batched_tokens=32, **OPTIONS[caches])
     outputs: dict[str, RequestOutput] = {}

@@ -19,6 +19,7 @@ from test_parity import (
     test_chunks_that_cut_through_images,
     test_each_prompt_alone,
     test_neighbours_of_an_aborted_request,
+    test_preempted_chunks_and_sliced_images_beside_decodes,
     test_preemption_when_blocks_run_out,
 )
 
@@ -27,6 +28,7 @@ __all__ = [
     "test_chunks_that_cut_through_images",
     "test_each_prompt_alone",
     "test_neighbours_of_an_aborted_request",
+    "test_preempted_chunks_and_sliced_images_beside_decodes",
     "test_preemption_when_blocks_run_out",
 ]
 

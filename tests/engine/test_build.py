@@ -1,11 +1,13 @@
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 
 from mm_engine.config import EngineConfig
-from mm_engine.engine.build import num_cache_blocks, num_encoder_rows
+from mm_engine.engine import build
+from mm_engine.engine.build import make_pace, num_cache_blocks, num_encoder_rows
 from mm_engine.errors import StartupError
 
 
@@ -63,3 +65,52 @@ def test_encoder_cache_below_an_image_is_refused() -> None:
         "encoder_cache_memory is too small: 9216 bytes. One image takes up to 10 tokens of 1024 "
         "bytes: give at least 10240."
     )
+
+
+class Timed:
+    """A runner whose steps take so many seconds, by their tokens."""
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self.seconds = seconds
+        self.sizes: list[int] = []
+
+    def time_steps(self, max_tokens: int) -> Iterator[tuple[int, float]]:
+        size = 1
+        while size <= max_tokens:
+            self.sizes.append(size)
+            yield size, self.seconds(size)
+            size *= 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options", "sizes"),
+    [
+        (lambda size: 1.0 + size, {}, [1, 2, 4, 8, 16]),  # 17 s are twice the 5 s of 4 and more
+        (lambda size: 1.0, {}, [1, 2, 4, 8, 16, 32, 64]),  # nothing is ever too slow
+        (lambda size: 1.0, {"max_num_batched_tokens": 20}, [1, 2, 4, 8, 16]),
+        (lambda size: size, {"max_num_seqs": 1}, [1, 2, 4]),
+    ],
+    ids=["rising", "flat", "small budget", "one sequence"],
+)
+def test_only_steps_that_a_pace_may_allow_are_timed(
+    seconds: Callable[[int], float], options: dict[str, int], sizes: list[int]
+) -> None:
+    config = EngineConfig(model="none", max_decode_slowdown=2.0, **{"max_num_seqs": 4, **options})
+    runner = Timed(seconds)
+    pace = make_pace(cast(Any, runner), config, max_tokens=100)
+    assert runner.sizes == sizes
+    assert pace is not None
+    assert [pace.seconds(size) for size in sizes] == [seconds(size) for size in sizes]
+
+
+def test_timing_ends_when_it_has_taken_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "MAX_TIMING", 0.0)
+    runner = Timed(lambda size: 1.0)
+    make_pace(cast(Any, runner), EngineConfig(model="none", max_decode_slowdown=2.0), max_tokens=99)
+    assert runner.sizes == [1]
+
+
+def test_without_a_limit_nothing_is_timed() -> None:
+    runner = Timed(lambda size: 1.0)
+    assert make_pace(cast(Any, runner), EngineConfig(model="none"), max_tokens=99) is None
+    assert not runner.sizes

@@ -253,7 +253,7 @@ def test_an_attention_backend_that_is_not_known_is_refused(runner: ModelRunner) 
 
 
 def test_steps_are_timed_up_to_a_size_and_leave_the_cache_as_it_was(runner: ModelRunner) -> None:
-    times = runner.time_steps(20)
+    times = list(runner.time_steps(20))
     assert [size for size, _ in times] == [1, 2, 4, 8, 16]
     assert all(seconds > 0 for _, seconds in times)
     assert all(not cache.any() for caches in runner.kv_caches for cache in caches)
@@ -265,10 +265,3 @@ def test_steps_are_timed_up_to_a_size_and_leave_the_cache_as_it_was(runner: Mode
     again = with_image(1)
     place([again], iter(range(NUM_BLOCKS)))
     assert answer(runner, [again]) == before
-
-
-def test_timing_ends_when_it_has_taken_long(
-    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mm_engine.worker.model_runner.MAX_TIMING", 0.0)
-    assert [size for size, _ in runner.time_steps(64)] == [1]

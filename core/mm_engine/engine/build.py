@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_ENCODER_CACHE = 128 * 2**20  # bytes
+MAX_TIMING = 3.0  # seconds that timing steps may take, but for the last of them
 
 
 def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Request) -> Engine:
@@ -46,7 +47,7 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         is_cpu=runner.device.type == "cpu",
     )
     runner.init_cache(num_blocks)
-    pace = _pace(runner, config, max_tokens=num_blocks * config.block_size)
+    pace = make_pace(runner, config, max_tokens=num_blocks * config.block_size)
     profile_seconds = time.perf_counter() - start
     engine = Engine(
         runner,
@@ -74,15 +75,23 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
     return engine
 
 
-def _pace(runner: ModelRunner, config: EngineConfig, *, max_tokens: int) -> Pace | None:
+def make_pace(runner: ModelRunner, config: EngineConfig, *, max_tokens: int) -> Pace | None:
     """What the config's `max_decode_slowdown` means on this machine, by measuring some steps."""
     if math.isinf(config.max_decode_slowdown):
         return None
-    # Beyond twice the tokens that all decodes can have at once, the times are taken to go on
-    # rising as they do there.
-    most = min(max_tokens, config.max_num_batched_tokens, max(64, 4 * config.max_num_seqs))
+    start, times = time.perf_counter(), list[tuple[int, float]]()
     try:
-        times = runner.time_steps(most)
+        for num_tokens, seconds in runner.time_steps(
+            min(max_tokens, config.max_num_batched_tokens)
+        ):
+            times.append((num_tokens, seconds))
+            # Steps that no pace allows needn't be timed, nor any once startup would drag on:
+            # behind the last, the times are taken to go on rising.
+            at_most = [took for size, took in times if size <= config.max_num_seqs][-1]
+            if seconds > config.max_decode_slowdown * at_most:
+                break
+            if time.perf_counter() - start > MAX_TIMING:
+                break
     except PluginError as error:  # a model that takes no text without an image, say
         logger.warning("Steps can't be timed: %s Prompts hold up answers without a limit.", error)
         return None

@@ -29,8 +29,6 @@ from mm_engine.worker.memory import DeviceMemory
 from mm_engine.worker.sampler import Sampler
 from mm_engine.worker.verification import sample_shares
 
-MAX_TIMING = 3.0  # seconds that measuring the steps' times may take, but for the last of them
-
 
 class ModelRunner:
     """Owns the model, the KV cache's tensors and the features; holds no state of any request."""
@@ -111,15 +109,12 @@ class ModelRunner:
             self.encoder.drop([item.content_key for item in request.items])
         self.kv_caches = []
 
-    def time_steps(self, max_tokens: int) -> list[tuple[int, float]]:
+    def time_steps(self, max_tokens: int) -> Iterator[tuple[int, float]]:
         """How long steps of 1, 2, 4, … up to `max_tokens` tokens take: pairs (tokens, seconds).
 
         Each is the better of two runs over one sequence's first tokens, in the KV cache's first
-        blocks, which are zeroed again. Larger steps are left out once all of it took
-        `MAX_TIMING` seconds.
+        blocks, which are zeroed again.
         """
-        times: list[tuple[int, float]] = []
-        start = time.perf_counter()
         num_tokens = 1
         while num_tokens <= max_tokens:
             # Any ids will do that aren't all the same: a mixture of experts would notice.
@@ -132,12 +127,9 @@ class ModelRunner:
                 before = time.perf_counter()
                 self.run(batch)
                 best = min(best, time.perf_counter() - before)
-            times.append((num_tokens, best))
             self._clean(batch.sequences[0])
-            if time.perf_counter() - start > MAX_TIMING:
-                break
+            yield num_tokens, best
             num_tokens *= 2
-        return times
 
     @property
     def slice_is_last(self) -> bool:
