@@ -156,6 +156,18 @@ def test_the_rest_can_be_encoded_in_the_step_that_needs_it(runner: ModelRunner) 
     assert runner.encoder.num_encoded == 2
 
 
+def test_the_model_is_never_asked_for_two_images_at_once(runner: ModelRunner) -> None:
+    item = image("begun")
+    runner.run(ScheduledBatch((), encode_slice=EncodeSlice(item, 0.0)))
+    assert not runner.slice_is_last
+    runner.run(ScheduledBatch((), encode=(image("other", seed=2),)))
+    assert runner.slice_is_last
+    assert runner.encoder.features.keys() == {"begun", "other"}
+    runner.run(ScheduledBatch((), encode_slice=EncodeSlice(item, 0.0)))
+    assert runner.slice_is_last
+    assert runner.encoder.num_encoded == 2, "what is whole isn't encoded again"
+
+
 def test_a_failure_is_told_to_the_step_that_needs_the_image_and_only_once(
     runner: ModelRunner,
 ) -> None:

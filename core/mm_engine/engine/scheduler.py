@@ -7,7 +7,8 @@
    still holds of it; one that would compute a block which another computes in this step waits
    for the next, and finds it there.
 4. Sequences that are decoding get drafts (`PromptLookup`), out of the tokens and the free blocks
-   that are left then. So a draft costs nobody a token, a place or a block.
+   that are left then. So a draft costs nobody a token, a place or a block; the time that it takes
+   is its sequence's own affair, and counts for no pace.
 
 All of it within one budget of `max_num_batched_tokens`, at most `max_num_seqs` running. A chunk
 is as long as the budget allows, and may end inside an image.

@@ -65,6 +65,8 @@ class Encoder:
         todo = [item for item in items if item.content_key not in done]
         if not todo:
             return errors
+        if self._sliced is not None:  # no model is asked for two things at once
+            self._finish_slices(self._sliced[0])
         try:
             self._encode(todo)
             return errors
@@ -84,6 +86,8 @@ class Encoder:
         If it fails, the step that needs its features is told, by `encode`.
         """
         if self._sliced is None:
+            if item.content_key in self.features or item.content_key in self._failures:
+                return  # another step had to have it whole
 
             def call() -> None:
                 with torch.inference_mode():
