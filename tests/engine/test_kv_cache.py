@@ -27,13 +27,13 @@ def test_a_block_is_filled_before_another_is_taken() -> None:
         cache.append(sequence, 1)
         assert len(sequence.block_table) == position // 4 + 1
         sequence.num_computed_tokens += 1
-    assert not cache.can_append(sequence, 1)
+    assert not cache.append(sequence, 1)
 
 
 def test_freed_blocks_can_be_had_again() -> None:
     cache, first, second = KVCache(3, 4), new_sequence(), new_sequence()
     cache.append(first, 12)
-    assert not cache.can_append(second, 1)
+    assert not cache.append(second, 1)
     cache.free(first)
     assert first.block_table == []
     cache.append(second, 12)
@@ -67,8 +67,7 @@ def test_no_block_is_shared_or_lost(
         if num_new_tokens == 0:
             cache.free(sequence)
             sequence.num_computed_tokens = 0
-        elif cache.can_append(sequence, num_new_tokens):
-            cache.append(sequence, num_new_tokens)
+        elif cache.append(sequence, num_new_tokens):
             sequence.num_computed_tokens += num_new_tokens
         owned = [block for each in sequences for block in each.block_table]
         assert len(set(owned)) == len(owned) == cache.num_used_blocks

@@ -61,7 +61,8 @@ class Pool(RuleBasedStateMachine):
         self.running.append(sequence)
         first_time = sequence.num_cached_tokens is None
         self.cache.adopt(sequence, found)
-        assert self.cache.can_append(sequence, sequence.num_uncomputed_tokens)
+        missing = self.cache.num_missing_blocks(sequence, sequence.num_uncomputed_tokens)
+        assert missing <= self.cache.num_free_blocks
         assert sequence.num_computed_tokens == len(found) * BLOCK_SIZE
         if first_time:
             self.num_hits += len(found)
@@ -72,9 +73,10 @@ class Pool(RuleBasedStateMachine):
     def compute(self, data: st.DataObject, wanted: int, fault: int) -> None:
         sequence = data.draw(st.sampled_from(self.running))
         num = min(wanted, sequence.num_uncomputed_tokens)
-        if num == 0 or not self.cache.can_append(sequence, num):
+        table = list(sequence.block_table)
+        if num == 0 or not self.cache.append(sequence, num):
+            assert sequence.block_table == table, "what can't be had whole is not begun"
             return
-        self.cache.append(sequence, num)
         first = sequence.num_computed_tokens // BLOCK_SIZE
         end = sequence.num_computed_tokens + num
         for number, block in enumerate(sequence.block_table[first:], start=first + 1):
@@ -102,8 +104,8 @@ class Pool(RuleBasedStateMachine):
         num = min(num, self.cache.room_for(sequence) - 1)
         if sequence.num_uncomputed_tokens != 1 or num < 1:
             return
-        assert not self.cache.can_append(sequence, self.cache.room_for(sequence) + 1)
-        self.cache.append(sequence, 1 + num)
+        assert not self.cache.append(sequence, self.cache.room_for(sequence) + 1)
+        assert self.cache.append(sequence, 1 + num)
         first = sequence.num_computed_tokens // BLOCK_SIZE
         for block in sequence.block_table[first:]:
             assert not any(block in o.block_table for o in self.running if o is not sequence)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -149,10 +148,9 @@ def test_a_full_queue_answers_429_and_takes_requests_again_later(strict: ServerP
             wait_until(
                 lambda: strict.metric("mm_engine_num_requests_in_flight") == 2, "two in flight"
             )
-            start = time.perf_counter()
             with pytest.raises(RateLimitError) as raised:
                 client.completions.create(model="first", prompt="x")
-            assert time.perf_counter() - start < 2
+            assert not waiting.done(), "nobody was waited for"
             assert int(raised.value.response.headers["retry-after"]) >= 1
             assert strict.http.get("/health").status_code == 200
             running.close()

@@ -76,7 +76,7 @@ class FaultBarrier:
     def _run_each_alone(self, batch: ScheduledBatch) -> list[SampledToken]:
         sampled: list[SampledToken] = []
         for share in batch.sequences:
-            share = replace(share, draft_token_ids=())  # nobody asked for it: it fails nobody
+            share = share._replace(draft_token_ids=())  # nobody asked for it: it fails nobody
             keys = needed_keys(share)
             encode = tuple(item for item in batch.encode if item.content_key in keys)
             try:

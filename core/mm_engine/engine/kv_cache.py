@@ -72,20 +72,18 @@ class KVCache:
         num_missing = -(-num_tokens // self.block_size) - len(sequence.block_table)
         return num_missing if num_missing > 0 else 0
 
-    def can_append(self, sequence: Sequence, num_new_tokens: int) -> bool:
-        """Whether the free blocks suffice for the next `num_new_tokens` uncomputed tokens."""
-        return self.num_missing_blocks(sequence, num_new_tokens) <= len(self._free)
-
-    def append(self, sequence: Sequence, num_new_tokens: int) -> None:
-        """Grow the block table to cover the next `num_new_tokens`; `can_append` must hold."""
+    def append(self, sequence: Sequence, num_new_tokens: int) -> bool:
+        """Grow the block table to cover the next `num_new_tokens`, if the free blocks suffice."""
         num_missing = self.num_missing_blocks(sequence, num_new_tokens)
-        assert num_missing <= len(self._free)
+        if num_missing > len(self._free):
+            return False
         for _ in range(num_missing):
             block, _ = self._free.popitem(last=False)
             assert not self._num_users[block]
             self._forget(block)
             self._num_users[block] = 1
             sequence.block_table.append(block)
+        return True
 
     def room_for(self, sequence: Sequence) -> int:
         """The most uncomputed tokens of a sequence that its own and the free blocks can store."""

@@ -208,8 +208,7 @@ class Scheduler:
 
     def _decode(self, sequence: Sequence) -> None:
         """Plan the newest token of a running sequence, if it can have a block for it."""
-        if self._make_blocks(sequence, 1):
-            self.kv_cache.append(sequence, 1)
+        if self.kv_cache.append(sequence, 1) or self._make_blocks(sequence, 1):
             self._plan[sequence] = 1
             self._budget -= 1
 
@@ -248,6 +247,7 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         insort(self.running, sequence, key=_rank)
         self.kv_cache.adopt(sequence, found)
+        self._make_blocks(sequence, num_new_tokens)
         self._put(sequence, num_new_tokens)
         return True
 
@@ -292,9 +292,8 @@ class Scheduler:
             self._spare = 0.0
 
     def _put(self, sequence: Sequence, num_new_tokens: int) -> None:
-        """Plan a chunk of a prompt, for which there are blocks."""
+        """Plan a chunk of a prompt; its blocks are there."""
         assert sequence not in self._plan
-        self.kv_cache.append(sequence, num_new_tokens)
         self._plan[sequence] = num_new_tokens
         if self.pace is not None and self._spare < math.inf:
             num_planned = self.max_num_batched_tokens - self._budget
@@ -314,16 +313,17 @@ class Scheduler:
         wanted = max_tokens - sequence.num_output_tokens - 1
         room = self.kv_cache.room_for(sequence) - self._plan[sequence]
         draft = self.prompt_lookup.propose(sequence, min(wanted, room, self._budget))
-        self.kv_cache.append(sequence, self._plan[sequence] + len(draft))
+        appended = self.kv_cache.append(sequence, self._plan[sequence] + len(draft))
+        assert appended, "room_for said so"
         self._budget -= len(draft)
         return draft
 
     def _make_blocks(self, sequence: Sequence, num_new_tokens: int) -> bool:
-        """Preempt sequences behind this one, the last first, until the blocks suffice.
+        """Give a sequence blocks for its next tokens: preempt those behind it, the last first.
 
-        If they can't, none is preempted, and the sequence is noted as lacking them.
+        If that doesn't suffice, none is preempted, and the sequence is noted as lacking blocks.
         """
-        if self.kv_cache.can_append(sequence, num_new_tokens):
+        if self.kv_cache.append(sequence, num_new_tokens):
             return True
         behind = self.running[self.running.index(sequence) + 1 :]
         num_free = self.kv_cache.num_free_blocks + self.kv_cache.num_freed_by(behind)
@@ -331,7 +331,7 @@ class Scheduler:
             if self._lacking is None or sequence.rank < self._lacking.rank:
                 self._lacking = sequence
             return False
-        while not self.kv_cache.can_append(sequence, num_new_tokens):
+        while not self.kv_cache.append(sequence, num_new_tokens):
             self._preempt(self.running[-1])
         return True
 

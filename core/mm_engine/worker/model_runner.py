@@ -294,7 +294,7 @@ class ModelRunner:
 def _without_drafts(batch: ScheduledBatch, indices: set[int]) -> ScheduledBatch:
     """The plan without the drafts of these of its sequences, and what it encodes is encoded."""
     shares = tuple(
-        replace(share, draft_token_ids=()) if i in indices else share
+        share._replace(draft_token_ids=()) if i in indices else share
         for i, share in enumerate(batch.sequences)
     )
     return replace(batch, sequences=shares, encode_slice=None)
