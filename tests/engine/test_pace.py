@@ -11,9 +11,9 @@ from mm_engine.engine.pace import Pace
 TIMES = [(1, 1.0), (4, 1.0), (8, 3.0)]
 
 
-def test_times_rise_evenly_between_what_was_measured_and_behind_it() -> None:
+def test_times_rise_evenly_between_what_was_measured_and_in_proportion_behind_it() -> None:
     pace = Pace(TIMES, 2.0)
-    measured = {0: 1.0, 1: 1.0, 3: 1.0, 4: 1.0, 5: 1.5, 7: 2.5, 8: 3.0, 10: 4.0, 100: 49.0}
+    measured = {0: 1.0, 1: 1.0, 3: 1.0, 4: 1.0, 5: 1.5, 7: 2.5, 8: 3.0, 10: 3.75, 80: 30.0}
     assert {size: pace.seconds(size) for size in measured} == measured
 
 
@@ -22,14 +22,17 @@ def test_a_larger_step_never_takes_less_time() -> None:
     assert [pace.seconds(size) for size in (1, 2, 3, 4)] == [2.0, 2.0, 2.5, 3.0]
 
 
-def test_one_measurement_is_enough() -> None:
-    pace = Pace([(1, 2.0)], 1.5)
-    assert pace.seconds(1000) == 2.0
-    assert pace.num_tokens_more(1, 0.0, 50) == 50
+def test_where_timing_ended_early_nothing_is_promised_beyond() -> None:
+    """The two last took the same time: that doesn't make a thousand tokens free."""
+    pace = Pace([(1, 2.0), (2, 2.0)], 1.5)
+    assert pace.seconds(1000) == 1000.0
+    assert pace.spare_seconds(64) == pace.spare_seconds(2) == 1.0
+    assert pace.num_tokens_more(2, 1.0, 50) == 1
+    assert Pace([(1, 2.0)], 1.5).num_tokens_more(1, 1.0, 50) == 0
 
 
 @pytest.mark.parametrize(
-    ("num_decodes", "num_tokens"), [(1, 5), (4, 2), (8, 6), (6, 4)], ids=lambda value: f"{value}"
+    ("num_decodes", "num_tokens"), [(1, 5), (4, 2), (8, 8), (6, 4)], ids=lambda value: f"{value}"
 )
 def test_as_many_tokens_fit_as_the_slowdown_allows(num_decodes: int, num_tokens: int) -> None:
     pace = Pace(TIMES, 2.0)

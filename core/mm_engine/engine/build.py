@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_ENCODER_CACHE = 128 * 2**20  # bytes
-MAX_TIMING = 3.0  # seconds that timing steps may take, but for the last of them
+MAX_TIMING = 5.0  # seconds that timing steps may take, but for the last of them
 
 
 def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Request) -> Engine:
@@ -86,7 +86,7 @@ def make_pace(runner: ModelRunner, config: EngineConfig, *, max_tokens: int) -> 
         ):
             times.append((num_tokens, seconds))
             # Steps that no pace allows needn't be timed, nor any once startup would drag on:
-            # behind the last, the times are taken to go on rising.
+            # what lies behind the last, `Pace` overestimates.
             at_most = [took for size, took in times if size <= config.max_num_seqs][-1]
             if seconds > config.max_decode_slowdown * at_most:
                 break

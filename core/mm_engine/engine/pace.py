@@ -12,9 +12,10 @@ class Pace:
     """Bounds a step's time by `max_slowdown` times that of its decodes alone.
 
     `times` are pairs (tokens in a step, seconds it took), as measured on the machine at startup.
-    Between them the time is taken to rise evenly, behind the last as between the last two. That
-    is all that is assumed of the machine: on a CPU some tokens more cost next to nothing, because
-    a decode waits for the weights to be read; on a GPU it is hundreds.
+    Between them the time is taken to rise evenly, and behind the last in proportion to the
+    tokens: no token of a larger step costs more than one of the last, which had its share of
+    reading the weights, too. That is all that is assumed of the machine: on a CPU some tokens more
+    cost next to nothing, because a decode waits for the weights; on a GPU it is hundreds.
     """
 
     def __init__(self, times: Seq[tuple[int, float]], max_slowdown: float) -> None:
@@ -29,16 +30,19 @@ class Pace:
             self._seconds.append(max(seconds, floor))
 
     def seconds(self, num_tokens: int) -> float:
-        """How long a step of so many tokens takes."""
+        """How long a step of so many tokens takes; behind what was measured, at most."""
         sizes, seconds = self._sizes, self._seconds
-        if num_tokens <= sizes[0] or len(sizes) == 1:
+        if num_tokens <= sizes[0]:
             return seconds[0]
-        right = min(bisect_right(sizes, num_tokens), len(sizes) - 1)
+        if num_tokens >= sizes[-1]:
+            return seconds[-1] * num_tokens / sizes[-1]
+        right = bisect_right(sizes, num_tokens)
         return seconds[right - 1] + self._slope(right) * (num_tokens - sizes[right - 1])
 
     def spare_seconds(self, num_decodes: int) -> float:
         """By how much a step with so many decodes may be held up."""
-        return (self.max_slowdown - 1.0) * self.seconds(num_decodes)
+        measured = min(num_decodes, self._sizes[-1])  # more are slower, nobody knows by how much
+        return (self.max_slowdown - 1.0) * self.seconds(measured)
 
     def num_tokens_more(self, num_tokens: int, seconds: float, most: int) -> int:
         """How many tokens, `most` at most, lengthen a step of `num_tokens` by up to `seconds`."""
