@@ -222,7 +222,7 @@ def test_hook_that_hangs_fails_at_its_time_limit(
     start = time.monotonic()
     with pytest.raises(PluginError, match=rf"{hook} \(mm_test/plugin.py:\d+\): took longer than"):
         calls[hook]()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 2
 
 
 def test_time_limit_gives_the_result_and_the_error_of_the_call() -> None:

@@ -103,7 +103,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `schedule` has anything to plan or to take back."""
-        return bool(self.running or self.waiting or self._leaving or self.encoder_cache.is_encoding)
+        return bool(self.running or self.waiting or self._leaving)
 
     def check(self, request: Request) -> None:
         """Refuse what could never be computed.
@@ -247,7 +247,8 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         insort(self.running, sequence, key=_rank)
         self.kv_cache.adopt(sequence, found)
-        self._make_blocks(sequence, num_new_tokens)
+        appended = self.kv_cache.append(sequence, num_new_tokens)
+        assert appended, "can_admit said so"
         self._put(sequence, num_new_tokens)
         return True
 

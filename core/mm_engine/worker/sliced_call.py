@@ -35,7 +35,7 @@ class SlicedCall(Generic[T]):
         self._began = self._seconds = 0.0  # of the slice
         self._longest = 0.0  # seconds between two places to rest
         self._last = 0.0  # when the last was passed
-        self._result: T | None = None
+        self._results: list[T] = []  # the one, when there is one
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="sliced-call", daemon=True)
         self._thread.start()
@@ -61,7 +61,7 @@ class SlicedCall(Generic[T]):
         assert self.ended
         if self._error is not None:
             raise self._error
-        return self._result  # type: ignore[return-value]
+        return self._results[0]
 
     def _run(self) -> None:
         with self._changed:
@@ -74,7 +74,7 @@ class SlicedCall(Generic[T]):
 
         handles = [module.register_forward_hook(place_to_rest) for module in self._modules]
         try:
-            self._result = self._call()
+            self._results.append(self._call())
         except BaseException as error:
             self._error = error
         finally:

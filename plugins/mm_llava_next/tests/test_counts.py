@@ -231,7 +231,7 @@ def test_absurd_pinpoints_are_refused_at_once(case: str) -> None:
         StartupError, match="^image_grid_pinpoints.* " + re.escape(message)
     ) as error:
         largest_size(config)
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 1.0
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
@@ -240,7 +240,7 @@ def test_as_many_pinpoints_and_tiles_as_allowed_are_gone_through_in_time() -> No
     config = config_of(side=32, patch=8, shapes=shapes)
     start = time.perf_counter()
     assert largest_size(config) == (512, 512)
-    assert time.perf_counter() - start < 30
+    assert time.perf_counter() - start < 5.0
 
 
 @pytest.mark.parametrize(("image", "patch"), [(32, 0), (0, 8), (8, 32), (-32, 8), ("32", 8)])
