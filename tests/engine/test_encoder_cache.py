@@ -130,3 +130,21 @@ def test_a_sequence_that_begins_inside_an_image_gets_nothing_where_its_features_
     inside.num_computed_tokens = 2  # the KV cache holds the first half of its image
     steps.cache.begin_step()
     assert steps.cache.cut(inside, 3) == 0
+
+
+def test_an_image_whose_rest_is_being_encoded_does_not_give_way_in_that_step(sequence_of) -> None:
+    cache = EncoderCache(8, 100)
+    first, second = sequence_of("a"), sequence_of("b", b=8)
+    cache.begin_step()
+    cache.slice_items()
+    assert cache.cut(first, 4) == 0
+    assert cache.next_slice(wanted=True) is first.request.items[0]
+    assert cache.end_step() == ((), ())
+    cache.begin_step()
+    cache.finish_slices()
+    assert cache.cut(second, 8) == 0, "its rows are taken until the step is over"
+    assert cache.end_step() == (first.request.items, ())
+    cache.begin_step()
+    assert cache.cut(second, 8) == 8
+    cache.take(second, 8)
+    assert cache.end_step() == (second.request.items, ("a",))

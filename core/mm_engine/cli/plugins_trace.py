@@ -177,8 +177,9 @@ def _items(found: Trace) -> Table:
 
 def _hooks(found: Trace) -> Table:
     table = Table(title="Hooks", title_justify="left", box=None)
-    for name, justify in (("hook", "left"), ("where", "left"), ("calls", "right")):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("hook", overflow="fold")
+    table.add_column("where", overflow="fold")
+    table.add_column("calls", justify="right", overflow="fold")
     table.add_column("ms", justify="right")
     table.add_column("ms, again", justify="right")
     for hook in found.hooks:

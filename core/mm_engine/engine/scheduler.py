@@ -158,8 +158,9 @@ class Scheduler:
         if not self._moves:
             return ScheduledBatch(())
         encode, evict = self.encoder_cache.end_step()
+        lookup = self.prompt_lookup
         sequences = tuple(
-            ScheduledSequence(seq, num, self._draft(seq) if self.prompt_lookup else ())
+            ScheduledSequence(seq, num, self._draft(seq, lookup) if lookup else ())
             for seq, num in self._plan.items()
         )
         return ScheduledBatch(sequences, encode, evict, self._slice)
@@ -305,15 +306,15 @@ class Scheduler:
         self.encoder_cache.take(sequence, num_new_tokens)
         self._coming.update(self.kv_cache.keys_completed_by(sequence, num_new_tokens))
 
-    def _draft(self, sequence: Sequence) -> tuple[int, ...]:
+    def _draft(self, sequence: Sequence, lookup: PromptLookup) -> tuple[int, ...]:
         """A draft for a sequence of the finished plan, and room for it; empty where none fits."""
-        if self.prompt_lookup is None or not _decodes(sequence):
+        if not _decodes(sequence):
             return ()
         max_tokens = sequence.request.sampling_params.max_tokens or 1
         # The step brings a token more than is accepted: a longer draft would be for nothing.
         wanted = max_tokens - sequence.num_output_tokens - 1
         room = self.kv_cache.room_for(sequence) - self._plan[sequence]
-        draft = self.prompt_lookup.propose(sequence, min(wanted, room, self._budget))
+        draft = lookup.propose(sequence, min(wanted, room, self._budget))
         appended = self.kv_cache.append(sequence, self._plan[sequence] + len(draft))
         assert appended, "room_for said so"
         self._budget -= len(draft)

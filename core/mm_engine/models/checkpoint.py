@@ -219,7 +219,8 @@ def read_weights(path: Path, *, progress: bool) -> Iterator[tuple[str, Tensor]]:
         for file in files:
             try:
                 with safe_open(file, framework="pt") as shard:
-                    for name in shard.keys():  # noqa: SIM118 (a safe_open is not a dict)
+                    names = shard.keys()  # a safe_open is no mapping
+                    for name in names:
                         tensor = shard.get_tensor(name)
                         yield name, tensor
                         bar.advance(task, tensor.numel() * tensor.element_size())

@@ -74,11 +74,12 @@ def import_file(record: PluginRecord, timeout: float | None = None) -> ModuleTyp
         )
     spec = importlib.util.spec_from_file_location(record.module, path)
     assert spec is not None and spec.loader is not None  # the name ends in .py
+    loader = spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[record.module] = module
 
     def load() -> ModuleType:
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
+        loader.exec_module(module)
         return module
 
     try:
