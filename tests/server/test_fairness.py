@@ -45,7 +45,8 @@ def test_a_request_of_a_better_priority_overtakes_one_that_runs(
     with ThreadPoolExecutor(3) as pool:
         slow = pool.submit(ask, "slow", max_tokens=400, priority=5)
         wait_until(lambda: narrow.metric("mm_engine_num_requests_running") == 1, "it runs")
-        next_in_line = pool.submit(ask, "next in line", max_tokens=1, priority=5)
+        # Long enough that the threads of the clients note the ends in their order.
+        next_in_line = pool.submit(ask, "next in line", max_tokens=200, priority=5)
         wait_until(lambda: narrow.metric("mm_engine_num_requests_waiting") == 1, "it waits")
         urgent = pool.submit(ask, "urgent", route=route, max_tokens=2, priority=-5)
         replies = [future.result() for future in (slow, next_in_line, urgent)]
