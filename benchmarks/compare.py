@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 from checkpoint import make_checkpoint
 from mm_engine import LLM, SamplingParams
-from mm_engine.cli.bench.machine import commit, machine, versions
+from mm_engine.cli.bench.machine import provenance
 from table import comparison
 
 IMAGE_TEXT, SHORT_TEXT = 41, 32  # text tokens beside the image
@@ -192,10 +192,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = run(make_checkpoint(args.checkpoint), args.rounds)
     record = {
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(),
         "rounds": args.rounds,
         "rows": [
             {

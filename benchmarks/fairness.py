@@ -25,7 +25,7 @@ from rich.table import Table
 
 from checkpoint import IMAGE_TOKEN, make_checkpoint
 from mm_engine import LLM, SamplingParams
-from mm_engine.cli.bench.machine import commit, machine, versions
+from mm_engine.cli.bench.machine import provenance
 from mm_engine.config import SERVED_DECODE_SLOWDOWN
 from mm_engine.request import PromptInputs
 
@@ -128,10 +128,7 @@ def main() -> None:
                 bar.advance(task)
     record = {
         "benchmark": "fairness",
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(),
         "dtype": args.dtype,
         "rounds": args.rounds,
         "steps": args.steps,

@@ -20,7 +20,7 @@ from PIL import Image
 
 from checkpoint import make_checkpoint
 from mm_engine import LLM, SamplingParams
-from mm_engine.cli.bench.machine import commit, machine, versions
+from mm_engine.cli.bench.machine import provenance
 
 NUM_TEXT = 40  # tokens of a question
 FIRST_TOKEN = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
@@ -62,10 +62,7 @@ def main() -> None:
     figures = [statistics.median(values) for values in (first, second)]
     record = {
         "benchmark": "reuse",
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(),
         "dtype": args.dtype,
         "rounds": args.rounds,
         "first_question_seconds": figures[0],

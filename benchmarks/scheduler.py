@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mm_engine.cli.bench.machine import commit, machine, versions
+from mm_engine.cli.bench.machine import provenance
 from mm_engine.engine.encoder_cache import EncoderCache
 from mm_engine.engine.kv_cache import KVCache
 from mm_engine.engine.scheduler import Scheduler
@@ -191,10 +191,7 @@ def main() -> None:
     figures = [measure(args.running, queue, args.steps) for queue in queues]
     record: dict[str, Any] = {
         "benchmark": "scheduler",
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(),
         "arguments": {"running": args.running, "steps": args.steps},
         "figures_microseconds": [asdict(f) for f in figures],
     }

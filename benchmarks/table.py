@@ -30,7 +30,7 @@ def comparison(record: Mapping[str, Any]) -> str:
     parts += [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
     commit = str(record["commit"] or "unknown")[:7]
     lines += ["", f"{', '.join(parts)}; medians of {record['rounds']} rounds, commit {commit}, "]
-    lines[-1] += f"{record['date']}."
+    lines[-1] += f"{record['date'][:10]}."
     return "\n".join(lines)
 
 

@@ -9,29 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints import make_llava
-from mm_engine.config import EngineConfig
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, Sequence
-from mm_engine.worker.loader import open_model
 from mm_engine.worker.model_runner import ModelRunner
+from poisoned import NUM_BLOCKS, POISON, make_poisoned
 from sequences import make_sequence
 
-BLOCK, NUM_BLOCKS = 4, 32
-POISON = 77  # the token whose embedding is NaN
 PROMPT = (1, 50, 51, 52, 53)
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])
 def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
     """A model with and without a sliding window, whose token 77 is NaN."""
-    changes = {"sliding_window": 3} if request.param == "mistral" else {}
-    path = make_llava(
-        tmp_path_factory.mktemp("model"), backbone=request.param, text_changes=changes
-    )
-    config = EngineConfig(model=str(path), device="cpu", block_size=BLOCK, progress=False)
-    runner = ModelRunner(open_model(config), config)
-    runner.model.language_model.embedding.weight.data[POISON] = float("nan")
-    return runner
+    return make_poisoned(tmp_path_factory.mktemp("model"), request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints import make_llava
 from mm_engine import LLM, SamplingParams
 from mm_engine.config import EngineConfig
 from mm_engine.errors import PluginError
@@ -19,10 +18,8 @@ from mm_engine.worker.encoder import Encoder
 from mm_engine.worker.loader import open_model
 from mm_engine.worker.model_runner import ModelRunner
 from mm_engine.worker.sampler import cut_top
+from poisoned import NUM_BLOCKS, POISON, make_poisoned
 from sequences import make_item, make_sequence
-
-BLOCK, NUM_BLOCKS = 4, 32
-POISON = 77  # the token whose embedding is NaN
 
 PLUGIN = """
 from mm_engine.plugins import hookimpl
@@ -43,15 +40,7 @@ def max_tokens(ctx, modality): return 16
 @pytest.fixture(scope="module", params=["llama", "mistral"])
 def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
     """A model with and without a sliding window, whose token 77 is NaN."""
-    changes = {"sliding_window": 3} if request.param == "mistral" else {}
-    path = make_llava(
-        tmp_path_factory.mktemp("model"), backbone=request.param, text_changes=changes
-    )
-    config = EngineConfig(model=str(path), device="cpu", block_size=BLOCK, progress=False)
-    runner = ModelRunner(open_model(config), config)
-    runner.model.language_model.embedding.weight.data[POISON] = float("nan")
-    runner.init_cache(NUM_BLOCKS)
-    return runner
+    return make_poisoned(tmp_path_factory.mktemp("model"), request.param)
 
 
 def place(sequence: Sequence, blocks: Iterator[int]) -> Sequence:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -27,6 +28,13 @@ from mm_engine.plugins.record import PluginRecord
 
 MAX_AT_ONCE = 4  # plugins that are imported side by side
 PLACE = re.compile(r"\(([^()]+\.py):(\d+)\)")  # as blame.place_of writes it
+
+#: What every fork then has, instead of importing it for itself.
+IMPORTED_ONCE = (
+    "transformers.models.auto.modeling_auto",
+    "mm_engine.plugins.discovery",
+    "mm_engine.plugins.plugin",
+)
 
 #: The same import path as here, whatever made it; `-P` keeps the current folder out until then.
 BOOT = (
@@ -98,9 +106,8 @@ class _Fork:
 
 def serve(order: dict[str, Any]) -> None:
     """Run in the new process: probe what `order` names and write the results to stdout as JSON."""
-    from transformers import AutoModel  # noqa: F401 (what every fork then has)
-
-    from mm_engine.plugins import discovery, plugin  # noqa: F401 (likewise)
+    for name in IMPORTED_ONCE:
+        importlib.import_module(name)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     records = [PluginRecord(**record) for record in order["records"]]

@@ -7,6 +7,7 @@ with SIGTERM, and when its parent is gone.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 SERVED_NAME = "benchmark"
 
+# What `serve` imports only when it needs it; here it belongs to the time of the imports.
+IMPORTED_LATER = ("mm_engine.engine.client", "mm_engine.inputs.pipeline", "mm_engine.server.app")
+
 
 def main(parent_pid: int, options: dict[str, Any]) -> int:
     """Serve on a free port of 127.0.0.1; returns the exit code."""
@@ -29,15 +33,14 @@ def main(parent_pid: int, options: dict[str, Any]) -> int:
     pass_over_damage()
 
     from mm_engine.config import EngineConfig
-    from mm_engine.engine.client import EngineClient  # noqa: F401 (serve would import it later)
     from mm_engine.errors import MMEngineError
-    from mm_engine.inputs.pipeline import InputPipeline  # noqa: F401
     from mm_engine.plugins.printable import printable
-    from mm_engine.server.app import create_app  # noqa: F401
     from mm_engine.server.log import configure_logging
     from mm_engine.server.run import serve
     from mm_engine.server.settings import ServerSettings
 
+    for name in IMPORTED_LATER:
+        importlib.import_module(name)
     _tell("imported")
     configure_logging("warning")
     max_queued_requests = options.pop("max_queued_requests")

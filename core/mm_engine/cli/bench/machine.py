@@ -6,13 +6,25 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from mm_engine.plugins.discovery import installed
 
 DISTRIBUTIONS = ("mm-engine", "mm-engine-kernels", "torch", "transformers")
+
+
+def provenance() -> dict[str, Any]:
+    """Where and when a record was made, and from what: the head that all records share."""
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+    }
 
 
 def machine() -> str:

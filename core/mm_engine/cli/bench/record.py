@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_engine.cli.bench.machine import commit, machine, versions
+from mm_engine.cli.bench.machine import provenance
 from mm_engine.cli.bench.startup import PARTS, Startup
 from mm_engine.cli.bench.summary import METRICS, Summary, summarize
 from mm_engine.errors import StartupError
@@ -26,10 +25,7 @@ def make_record(
     """A record of `engine bench <command>`, ready for JSON."""
     return {
         "command": f"engine bench {command}",
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": commit(),
-        "machine": machine(),
-        "versions": versions(),
+        **provenance(),
         "arguments": dict(arguments),
         "figures": dict(figures),
     }
