@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-#: What `engine serve` bounds `max_decode_slowdown` by.
+#: `max_decode_slowdown` of `engine serve`, unless its flag says otherwise.
 SERVED_DECODE_SLOWDOWN = 1.75
 MAX_PROMPT_LOOKUP = 32  # tokens; every length is looked up, and kept, for every token
 DEFAULT_LIMITS: Mapping[str, int] = {"image": 8}

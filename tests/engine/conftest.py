@@ -96,6 +96,7 @@ class CheckingRunner:
         self._check_sizes(batch)
         for key in batch.evict:
             self.features.pop(key, None)
+            self.begun.pop(key, None)
         errors: dict[str, ErrorInfo] = {}
         self._encode_slice(batch)
         for item in batch.encode:
@@ -143,7 +144,7 @@ class CheckingRunner:
 
     def _check_sizes(self, batch: ScheduledBatch) -> None:
         assert batch.num_tokens <= self.config.max_num_batched_tokens
-        assert batch.num_tokens or batch.encode
+        assert batch.num_tokens or batch.encode or batch.evict
         assert len(batch.sequences) <= self.config.max_num_seqs
         assert len({id(share.sequence) for share in batch.sequences}) == len(batch.sequences)
         keys = [item.content_key for item in batch.encode]

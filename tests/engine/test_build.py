@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
+from checkpoints import make_llava
+from mm_engine import LLM
 from mm_engine.config import EngineConfig
 from mm_engine.engine import build
 from mm_engine.engine.build import make_pace, num_cache_blocks, num_encoder_rows
-from mm_engine.errors import StartupError
+from mm_engine.errors import PluginError, StartupError
 
 
 def blocks(available: int = 10**6, *, is_cpu: bool = True, **options: Any) -> int:
@@ -67,6 +71,9 @@ def test_encoder_cache_below_an_image_is_refused() -> None:
     )
 
 
+PACED = EngineConfig(model="none", max_decode_slowdown=2.0)
+
+
 class Timed:
     """A runner whose steps take so many seconds, by their tokens."""
 
@@ -103,11 +110,41 @@ def test_only_steps_that_a_pace_may_allow_are_timed(
     assert [pace.seconds(size) for size in sizes] == [seconds(size) for size in sizes]
 
 
-def test_timing_ends_when_it_has_taken_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timing_that_has_taken_long_ends_where_a_decodes_pace_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(build, "MAX_TIMING", 0.0)
     runner = Timed(lambda size: 1.0)
-    make_pace(cast(Any, runner), EngineConfig(model="none", max_decode_slowdown=2.0), max_tokens=99)
-    assert runner.sizes == [1]
+    make_pace(cast(Any, runner), PACED, max_tokens=1000)
+    assert runner.sizes[-1] == 64
+
+
+@pytest.mark.parametrize("error", [PluginError("no."), torch.OutOfMemoryError("no.")])
+def test_a_step_that_cannot_be_timed_takes_nothing_from_those_that_were(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    def seconds(size: int) -> float:
+        if size > most:
+            raise error
+        return 1.0
+
+    most = 4
+    pace = make_pace(cast(Any, Timed(seconds)), PACED, max_tokens=99)
+    assert pace is not None and pace.seconds(8) == 2.0
+    assert "Steps of more than 4 tokens can't be timed: no." in caplog.text
+    most = 0
+    assert make_pace(cast(Any, Timed(seconds)), PACED, max_tokens=99) is None
+    assert "Prompts hold up answers without a limit." in caplog.text
+
+
+def test_no_step_is_timed_that_is_longer_than_a_sequence_may_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model has no positions behind its length; no step is too slow for this limit."""
+    checkpoint = make_llava(tmp_path)
+    llm = LLM(str(checkpoint), max_model_len=40, max_decode_slowdown=1e9, progress=False)
+    assert llm.engine.scheduler.pace is not None
+    assert "can't be timed" not in caplog.text
 
 
 def test_without_a_limit_nothing_is_timed() -> None:

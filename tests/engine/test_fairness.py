@@ -43,6 +43,8 @@ class TimedRunner:
             self._begun[key] = self._begun.get(key, 0.0) + spent
             if spent == left:
                 del self._begun[key]
+        for key in batch.evict:
+            self._begun.pop(key, None)
         for item in batch.encode:
             self.now += ITEM_SECONDS - self._begun.pop(item.content_key, 0.0)
         if batch.sequences:
@@ -60,15 +62,25 @@ class TimedRunner:
 class Simulation:
     """An engine whose steps take simulated time; requests arrive at given moments."""
 
-    def __init__(self, tokenizer, new_request, *, slowdown: float | None, **options) -> None:
+    def __init__(
+        self,
+        tokenizer,
+        new_request,
+        *,
+        slowdown: float | None,
+        num_images: int = 8,
+        slices_images: bool = True,
+        **options,
+    ) -> None:
         self.runner = TimedRunner()
         self.engine = Engine(
             self.runner,
             EngineConfig(model="none", enable_prefix_caching=False, **options),
             tokenizer,
             num_blocks=4096,
-            max_encoder_rows=8 * NUM_ROWS,
+            max_encoder_rows=num_images * NUM_ROWS,
             pace=None if slowdown is None else Pace(TIMES, slowdown),
+            slices_images=slices_images,
         )
         self.new_request = new_request
         self.arrivals: list[tuple[float, str]] = []
@@ -209,6 +221,82 @@ def test_the_rest_of_an_image_is_encoded_at_once_when_the_decodes_have_ended(sim
     assert simulation.engine.stats().num_encodes == 1
 
 
+def test_what_cannot_slice_encodes_images_whole_and_prompts_keep_the_pace(simulate) -> None:
+    simulation = simulate(1.75, slices_images=False)
+    simulation.streams(8, max_tokens=200)
+    for i in range(3):
+        simulation.ask(f"image {i}", [5, f"picture {i}", 30], max_tokens=1)
+    simulation.run()
+    runner = simulation.runner
+    assert not any(step.encode_slice for step in runner.steps)
+    assert [len(step.encode) for step in runner.steps if step.encode] == [1, 1, 1]
+    bound = 1.75 * runner.cost.seconds(8)
+    beside = [s for s, n in zip(runner.steps, runner.num_decodes, strict=True) if n == 8]
+    assert all(runner.cost.seconds(step.num_tokens) <= bound for step in beside)
+
+
+def test_a_draft_takes_no_more_time_than_the_decodes_spare(simulate) -> None:
+    most = {}
+    for slowdown in (1.75, None):
+        simulation = simulate(slowdown, num_speculative_tokens=20)
+        simulation.streams(8, max_tokens=60)
+        simulation.run()
+        runner = simulation.runner
+        steps = [s for s, n in zip(runner.steps, runner.num_decodes, strict=True) if n == 8]
+        most[slowdown] = max(runner.cost.seconds(step.num_tokens) for step in steps)
+        assert any(share.draft_token_ids for step in steps for share in step.sequences)
+    assert most[1.75] <= 1.75 * 0.029 + 1e-9
+    assert most[None] > 5 * 0.029, "the positive control"
+
+
+def test_an_image_of_a_worse_priority_that_holds_the_cache_is_brought_to_its_end(simulate) -> None:
+    """Only one fits. The first in rank waits for its rows, so it gets the time of those behind."""
+    simulation = simulate(1.75, num_images=1)
+    simulation.streams(8, max_tokens=4000)
+    simulation.ask("last", [5, "picture", 30], priority=5)
+    for _ in range(3):
+        simulation.engine.step()
+    assert not simulation.runner.slice_is_last
+    simulation.ask("first", [100, "another", 30], priority=-1)
+    number = 0
+    while not simulation.runner.times["first"]:
+        assert number < 200, "the first in rank starves"
+        simulation.ask(f"text {number}", [800], max_tokens=1)
+        number += 1
+        for _ in range(5):
+            simulation.engine.step()
+
+
+def test_an_image_that_somebody_else_wants_is_not_given_up(simulate) -> None:
+    simulation = simulate(1.75)
+    simulation.streams(8, max_tokens=400)
+    simulation.ask("first", [5, "picture", 30])
+    simulation.ask("second", [9, "picture", 3], max_tokens=1)
+    for _ in range(5):
+        simulation.engine.step()
+    assert not simulation.runner.slice_is_last
+    simulation.engine.abort("first")
+    simulation.run()
+    assert simulation.runner.times["second"]
+    assert simulation.engine.stats().num_encodes == 1
+    assert not any(step.evict for step in simulation.runner.steps)
+
+
+def test_an_image_that_nobody_wants_holds_up_nobody(simulate) -> None:
+    """The streams have ended too: its rest would be encoded at once, in a step of others."""
+    simulation = simulate(1.75)
+    simulation.streams(8, max_tokens=400)
+    simulation.ask("image", [5, "picture", 30])
+    for _ in range(5):
+        simulation.engine.step()
+    for name in ["image", *(f"stream {i}" for i in range(8))]:
+        simulation.engine.abort(name)
+    asked = simulation.runner.now
+    simulation.ask("text", [30], max_tokens=1)
+    simulation.run()
+    assert simulation.runner.times["text"][0] - asked < 0.1 < ITEM_SECONDS
+
+
 def test_an_abort_in_the_middle_of_an_images_encoding_leaks_nothing(simulate) -> None:
     simulation = simulate(1.75)
     simulation.streams(8, max_tokens=40)
@@ -222,10 +310,10 @@ def test_an_abort_in_the_middle_of_an_images_encoding_leaks_nothing(simulate) ->
     assert simulation.runner.slice_is_last, "nothing is left half encoded"
     stats = simulation.engine.stats()
     assert stats.num_used_blocks == stats.num_running == stats.num_waiting == 0
-    assert simulation.engine.encoder_cache.num_rows == NUM_ROWS, "it is whole, and kept"
+    assert simulation.engine.encoder_cache.num_rows == 0, "it was given up"
     simulation.ask("again", [5, "picture", 30])
     simulation.run()
-    assert (simulation.engine.stats().num_encodes, len(simulation.runner.times["again"])) == (1, 16)
+    assert (simulation.engine.stats().num_encodes, len(simulation.runner.times["again"])) == (2, 16)
 
 
 def test_prompts_are_read_in_order_of_arrival_beside_decodes(simulate) -> None:

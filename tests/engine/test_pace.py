@@ -17,9 +17,9 @@ def test_times_rise_evenly_between_what_was_measured_and_in_proportion_behind_it
     assert {size: pace.seconds(size) for size in measured} == measured
 
 
-def test_a_larger_step_never_takes_less_time() -> None:
-    pace = Pace([(1, 2.0), (2, 1.0), (4, 3.0)], 2.0)  # beside a noisy neighbour
-    assert [pace.seconds(size) for size in (1, 2, 3, 4)] == [2.0, 2.0, 2.5, 3.0]
+def test_a_smaller_step_that_took_longer_was_held_up_by_a_neighbour() -> None:
+    pace = Pace([(1, 9.0), (2, 4.0), (4, 1.0), (8, 3.0)], 2.0)
+    assert [pace.seconds(size) for size in (1, 2, 3, 4, 6, 8)] == [1.0, 1.0, 1.0, 1.0, 2.0, 3.0]
 
 
 def test_where_timing_ended_early_nothing_is_promised_beyond() -> None:

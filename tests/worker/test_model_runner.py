@@ -15,6 +15,7 @@ from mm_engine.config import EngineConfig
 from mm_engine.errors import PluginError, StartupError
 from mm_engine.request import Item
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, Sequence
+from mm_engine.worker import model_runner
 from mm_engine.worker.loader import open_model
 from mm_engine.worker.model_runner import ModelRunner
 from sequences import make_item, make_sequence
@@ -250,6 +251,16 @@ def test_an_attention_backend_that_is_not_known_is_refused(runner: ModelRunner) 
     config = make_config(checkpoint, attention_backend="magic", load_format="dummy")
     with pytest.raises(StartupError, match="attention backend is not known: magic"):
         ModelRunner(open_model(config), config)
+
+
+def test_where_steps_are_long_few_are_timed(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_runner, "LONG_STEP", 0.0)
+    steps, run = [], runner.run
+    monkeypatch.setattr(runner, "run", lambda batch: steps.append(batch.num_tokens) or run(batch))
+    assert [size for size, _ in runner.time_steps(100)] == [1, 8, 64]
+    assert steps == [1, 1, 8, 64], "the first step of all was a cold one: it runs again"
 
 
 def test_steps_are_timed_up_to_a_size_and_leave_the_cache_as_it_was(runner: ModelRunner) -> None:

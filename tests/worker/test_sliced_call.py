@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +47,30 @@ def apply(modules: list[nn.Module]) -> Tensor:
     return x
 
 
+class Applied(SlicedCall):
+    """Applies modules; `results` has what came of it."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.results: list[float] = []
+        super().__init__(lambda: self.results.append(apply(modules).item()), modules)
+
+
 def test_each_slice_takes_about_the_time_that_it_is_given() -> None:
     modules = stack(20)
-    call = SlicedCall(lambda: apply(modules), modules)
+    call = Applied(modules)
     num_slices = 0
     while not call.ended:
         call.run(4 * PIECE)
         num_slices += 1
     assert 5 <= num_slices <= 8, "four pieces or so in each"
-    assert call.result().item() == 20
+    assert call.results == [20]
 
 
 def test_between_slices_nothing_runs() -> None:
     modules, done = stack(10), []
     for module in modules:
         module.register_forward_hook(lambda *_: done.append(1))
-    call = SlicedCall(lambda: apply(modules), modules)
+    call = Applied(modules)
     time.sleep(3 * PIECE)
     assert not done, "it doesn't begin by itself"
     call.run(2 * PIECE)
@@ -72,16 +82,16 @@ def test_between_slices_nothing_runs() -> None:
 
 def test_the_last_slice_has_no_end() -> None:
     modules = stack(10)
-    call = SlicedCall(lambda: apply(modules), modules)
+    call = Applied(modules)
     call.run(PIECE)
     assert not call.ended
     call.run()
     assert call.ended
     call.run()  # an ended call has nothing to do
-    assert call.result().item() == 10
+    assert call.results == [10]
 
 
-def test_what_the_call_raises_is_raised_by_result_and_the_thread_ends() -> None:
+def test_what_the_call_raises_is_kept_and_the_thread_ends() -> None:
     modules = stack(3)
 
     def fail() -> None:
@@ -89,11 +99,10 @@ def test_what_the_call_raises_is_raised_by_result_and_the_thread_ends() -> None:
         raise SystemExit("a plugin's wish")
 
     before = threading.active_count()
-    call: SlicedCall[None] = SlicedCall(fail, modules)
+    call = SlicedCall(fail, modules)
     while not call.ended:
         call.run(PIECE)
-    with pytest.raises(SystemExit, match="a plugin's wish"):
-        call.result()
+    assert isinstance(call.error, SystemExit)
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -101,14 +110,49 @@ def test_what_the_call_raises_is_raised_by_result_and_the_thread_ends() -> None:
     assert all(not module._forward_hooks for module in modules), "the places to rest are gone"
 
 
+def test_a_module_that_takes_no_hooks_fails_the_call_and_holds_up_nobody() -> None:
+    class Refusing(nn.Module):
+        def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("no hooks here")
+
+    call = Applied([*stack(1), Refusing()])
+    call.run()
+    assert call.ended and isinstance(call.error, RuntimeError)
+
+
+@pytest.mark.parametrize("num_slices", [0, 1])
+def test_a_call_that_is_cancelled_unwinds_where_it_rests(num_slices: int) -> None:
+    modules, done, left = stack(10), [], []
+    for module in modules:
+        module.register_forward_hook(lambda *_: done.append(1))
+
+    def call_them() -> None:
+        try:
+            apply(modules)
+        except Exception:  # a plugin may catch what is its own
+            left.append("caught")
+        finally:
+            left.append("unwound")
+
+    call = SlicedCall(call_them, modules)
+    for _ in range(num_slices):
+        call.run(0.0)
+    call.cancel()
+    assert call.ended
+    assert len(done) == num_slices
+    assert left == ["unwound"] * num_slices
+    call._thread.join(30)
+    assert not call._thread.is_alive()
+
+
 def test_others_may_use_the_modules_meanwhile() -> None:
     modules = stack(6)
-    call = SlicedCall(lambda: apply(modules), modules)
+    call = Applied(modules)
     call.run(PIECE)
     assert not call.ended
     assert apply(modules).item() == 6, "it doesn't rest for the call's slices"
     call.run()
-    assert call.result().item() == 6
+    assert call.results == [6]
 
 
 # --- with a real model -------------------------------------------------------------------------
@@ -166,6 +210,63 @@ def test_the_model_is_never_asked_for_two_images_at_once(runner: ModelRunner) ->
     runner.run(ScheduledBatch((), encode_slice=EncodeSlice(item, 0.0)))
     assert runner.slice_is_last
     assert runner.encoder.num_encoded == 2, "what is whole isn't encoded again"
+
+
+def test_an_image_that_is_evicted_half_encoded_is_given_up(runner: ModelRunner) -> None:
+    runner.run(ScheduledBatch((), encode_slice=EncodeSlice(image("begun"), 0.0)))
+    thread = runner.encoder._sliced[1]._thread
+    runner.run(ScheduledBatch((), evict=("begun",)))
+    thread.join(30)
+    assert not thread.is_alive()
+    assert runner.slice_is_last
+    assert not runner.encoder.features and not runner.encoder._failures
+    runner.run(ScheduledBatch((), encode=(image("begun"),)))
+    assert runner.encoder.num_encoded == 1
+
+
+def test_what_a_step_left_half_encoded_is_brought_to_its_end_before_another(
+    runner: ModelRunner,
+) -> None:
+    """Ctrl-C may end a step before the rest of an image was encoded: the plan forgets it then."""
+    runner.run(ScheduledBatch((), encode_slice=EncodeSlice(image("begun"), 0.0)))
+    other = EncodeSlice(image("other", seed=2), 0.0)
+    runner.run(ScheduledBatch((), encode_slice=other))
+    assert runner.encoder.features.keys() == {"begun"}
+    assert not runner.slice_is_last
+    while not runner.slice_is_last:
+        runner.run(ScheduledBatch((), encode_slice=other))
+    assert runner.encoder.features.keys() == {"begun", "other"}
+
+
+def test_without_a_thread_the_step_that_needs_an_image_encodes_it_whole(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    runner.run(ScheduledBatch((), encode_slice=EncodeSlice(image("x"), 0.0)))
+    assert runner.slice_is_last and not runner.encoder.features
+    runner.run(ScheduledBatch((), encode=(image("x"),)))
+    assert runner.encoder.features.keys() == {"x"}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_a_scripted_tower_is_encoded_in_slices_too(runner: ModelRunner) -> None:
+    runner.model.extra = torch.jit.script(nn.Sequential(nn.ReLU()))
+    runner.run(ScheduledBatch((), encode_slice=EncodeSlice(image("x"), float("inf"))))
+    assert runner.encoder.features.keys() == {"x"}
+
+
+def test_a_failure_that_is_kept_holds_no_tensors(runner: ModelRunner) -> None:
+    pixels = torch.full((3, IMAGE_SIZE, IMAGE_SIZE), torch.nan)
+    alive = weakref.ref(pixels)
+    bad = make_item("bad", 2, 16, pixel_values=pixels)
+    runner.run(ScheduledBatch((), encode_slice=EncodeSlice(bad, float("inf"))))
+    del bad, pixels
+    assert runner.encoder._failures.keys() == {"bad"}
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_failure_is_told_to_the_step_that_needs_the_image_and_only_once(

@@ -7,6 +7,8 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+import torch
+
 from mm_engine.config import EngineConfig
 from mm_engine.engine.engine import Engine
 from mm_engine.engine.pace import MIN_PROMPT_TOKENS, Pace
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_ENCODER_CACHE = 128 * 2**20  # bytes
-MAX_TIMING = 5.0  # seconds that timing steps may take, but for the last of them
+MAX_TIMING = 5.0  # seconds that timing steps may take, but for the last of them, ...
+MIN_TIMED = 64  # ... and for those up to this many tokens: a decode's pace rests on them
 
 
 def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Request) -> Engine:
@@ -47,7 +50,8 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         is_cpu=runner.device.type == "cpu",
     )
     runner.init_cache(num_blocks)
-    pace = make_pace(runner, config, max_tokens=num_blocks * config.block_size)
+    num_cache_tokens = num_blocks * config.block_size
+    pace = make_pace(runner, config, max_tokens=min(num_cache_tokens, ctx.max_model_len))
     profile_seconds = time.perf_counter() - start
     engine = Engine(
         runner,
@@ -57,12 +61,13 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         max_model_len=ctx.max_model_len,
         max_encoder_rows=max_encoder_rows,
         pace=pace,
+        slices_images=runner.slices_images,
         model=f"{ctx.checkpoint} · {opened.plugin.label} · {ctx.architecture} · {ctx.dtype}",
     )
     engine.info = EngineInfo(
         num_blocks=num_blocks,
         block_size=config.block_size,
-        kv_cache_tokens=num_blocks * config.block_size,
+        kv_cache_tokens=num_cache_tokens,
         max_model_len=ctx.max_model_len,
         dtype=str(ctx.dtype).removeprefix("torch."),
         device=str(runner.device),
@@ -90,11 +95,15 @@ def make_pace(runner: ModelRunner, config: EngineConfig, *, max_tokens: int) -> 
             at_most = [took for size, took in times if size <= config.max_num_seqs][-1]
             if seconds > config.max_decode_slowdown * at_most:
                 break
-            if time.perf_counter() - start > MAX_TIMING:
+            if num_tokens >= MIN_TIMED and time.perf_counter() - start > MAX_TIMING:
                 break
-    except PluginError as error:  # a model that takes no text without an image, say
-        logger.warning("Steps can't be timed: %s Prompts hold up answers without a limit.", error)
-        return None
+    except (PluginError, torch.OutOfMemoryError) as error:
+        if not times:  # a model that takes no text without an image, say
+            logger.warning(
+                "Steps can't be timed: %s Prompts hold up answers without a limit.", error
+            )
+            return None
+        logger.warning("Steps of more than %d tokens can't be timed: %s", times[-1][0], error)
     pace = Pace(times, config.max_decode_slowdown)
     limits = []
     for num_decodes in sorted({1, min(8, config.max_num_seqs), config.max_num_seqs}):

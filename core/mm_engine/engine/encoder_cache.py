@@ -24,7 +24,7 @@ class EncoderCache:
 
     In a step that calls `slice_items` nothing is encoded whole. One item at a time is then encoded
     over several steps: it takes its rows when that begins, is pinned by the cache itself, and can
-    be had when `complete` has been called.
+    be had when `complete` has been called. If nobody wants it any more, `cancel_slices` drops it.
     """
 
     def __init__(self, max_rows: int, max_step_rows: int) -> None:
@@ -44,6 +44,7 @@ class EncoderCache:
         self._wanted: Item | None = None  # the first whose lack cut a chunk of this step
         self._coming: Item | None = None  # is being encoded over several steps
         self._ending: Item | None = None  # was such a one; this step encodes the rest of it
+        self._cancelled = False  # the worker has to be told that it stops
         self._untaken: set[str] = set()  # encoded in slices, and not yet had by who wanted them
 
     @property
@@ -53,8 +54,13 @@ class EncoderCache:
 
     @property
     def is_encoding(self) -> bool:
-        """Whether the plan encodes something whole, or something has been encoded in part."""
-        return bool(self._encode or self._coming)
+        """Whether the plan encodes something whole, or something is or was encoded in part."""
+        return bool(self._encode or self._coming or self._cancelled)
+
+    @property
+    def coming(self) -> Item | None:
+        """What is being encoded over several steps."""
+        return self._coming
 
     def begin_step(self) -> None:
         """Start to plan a step. Pins whose ranges have been computed are dropped."""
@@ -81,6 +87,13 @@ class EncoderCache:
             self._untaken.add(self._coming.content_key)
             self._ending, self._coming = self._coming, None  # pinned while this step is planned
 
+    def cancel_slices(self) -> None:
+        """Drop what was encoded in part; the next plan tells the worker."""
+        assert self._coming is not None
+        self._unpin_key(self._coming.content_key)
+        self._drop(self._coming.content_key)
+        self._coming, self._cancelled = None, True
+
     def next_slice(self, *, wanted: bool) -> Item | None:
         """The item of which this step may encode a slice, if there is one.
 
@@ -105,7 +118,8 @@ class EncoderCache:
 
         The chunk is cut before the first item whose features can't be had in this step. Once a
         sequence lacked rows, nobody asking later in the step may pin anything new: the callers
-        ask in order of age, so an older sequence is never starved by younger ones.
+        ask in order of rank, so none is starved by those behind it. Where an item that is encoded
+        in slices has the rows, it is wanted, so that it comes to its end.
         """
         needed = self._needed(sequence, num_new_tokens)
         if not needed:
@@ -125,6 +139,8 @@ class EncoderCache:
             before = max(0, item.placeholder.offset - start)
             if not is_coming and (self._refused or num_pinned_rows + rows > self.max_rows):
                 self._refused = True
+                if self._sliced:
+                    self._wanted = self._wanted or self._coming
                 return before
             if self._sliced and (is_coming or key not in self._rows):
                 self._wanted = self._wanted or item
@@ -163,7 +179,7 @@ class EncoderCache:
     def end_step(self) -> tuple[tuple[Item, ...], tuple[str, ...]]:
         """The items to encode in the planned step, and the content keys to drop before."""
         plan = tuple(self._encode), tuple(self._evict)
-        self._encode, self._evict = [], []
+        self._encode, self._evict, self._cancelled = [], [], False
         return plan
 
     def release(self, sequence: Sequence) -> None:

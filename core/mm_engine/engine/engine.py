@@ -54,6 +54,7 @@ class Engine:
         max_encoder_rows: int | None = None,
         model: str = "",
         pace: Pace | None = None,
+        slices_images: bool = True,
     ) -> None:
         self.runner = FaultBarrier(runner)
         self.tokenizer = tokenizer
@@ -69,6 +70,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             pace=pace,
+            slices_images=slices_images,
             prompt_lookup=PromptLookup(
                 config.num_speculative_tokens,
                 longest=config.prompt_lookup_max,
@@ -163,7 +165,7 @@ class Engine:
             if token.error is not None:
                 self._fail(share.sequence.request, token.error)
                 continue
-            samples = share.samples
+            samples = share.samples  # by what was computed before this step
             self.kv_cache.advance(share.sequence, share.num_new_tokens)
             if samples:
                 try:

@@ -43,7 +43,7 @@ class FaultBarrier:
 
     def run(self, batch: ScheduledBatch) -> list[SampledToken]:
         """Compute one step; a sequence that can't be computed gets an error for its token."""
-        if not batch.sequences and not batch.encode:
+        if not (batch.sequences or batch.encode or batch.evict):
             return []
         batch = replace(batch, evict=self._owed_evictions + batch.evict)
         self._owed_evictions = batch.evict
@@ -54,7 +54,8 @@ class FaultBarrier:
                 raise
             has_draft = any(share.draft_token_ids for share in batch.sequences)
             if len(batch.sequences) <= 1 and not has_draft:
-                return [SampledToken(error=explain(error)) for _ in batch.sequences]
+                told = explain(error)
+                return [SampledToken(error=told) for _ in batch.sequences]
             logger.warning(
                 "A step of %d sequences failed: %s. Each is run alone, without a draft.",
                 len(batch.sequences),

@@ -21,16 +21,13 @@ class Pace:
     def __init__(self, times: Seq[tuple[int, float]], max_slowdown: float) -> None:
         assert times and max_slowdown > 1
         self.max_slowdown = max_slowdown
-        self._sizes: list[int] = []
-        self._seconds: list[float] = []
-        for size, seconds in sorted(times):
-            # A larger step that took less time was measured beside a noisy neighbour.
-            floor = self._seconds[-1] if self._seconds else 0.0
-            self._sizes.append(size)
-            self._seconds.append(max(seconds, floor))
+        self._sizes, self._seconds = (list(column) for column in zip(*sorted(times), strict=True))
+        # Noise only adds: where a larger step took less time, the smaller one was held up.
+        for i in range(len(times) - 2, -1, -1):
+            self._seconds[i] = min(self._seconds[i], self._seconds[i + 1])
 
     def seconds(self, num_tokens: int) -> float:
-        """How long a step of so many tokens takes; behind what was measured, at most."""
+        """How long a step of so many tokens takes."""
         sizes, seconds = self._sizes, self._seconds
         if num_tokens <= sizes[0]:
             return seconds[0]
@@ -41,7 +38,8 @@ class Pace:
 
     def spare_seconds(self, num_decodes: int) -> float:
         """By how much a step with so many decodes may be held up."""
-        measured = min(num_decodes, self._sizes[-1])  # more are slower, nobody knows by how much
+        # Behind what was measured `seconds` errs upwards: a step may not be held up by its error.
+        measured = min(num_decodes, self._sizes[-1])
         return (self.max_slowdown - 1.0) * self.seconds(measured)
 
     def num_tokens_more(self, num_tokens: int, seconds: float, most: int) -> int:

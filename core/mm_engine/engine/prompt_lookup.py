@@ -30,7 +30,7 @@ class PromptLookup:
     ever proposed, and an occurrence right before one is passed over.
 
     Tokens are looked at when they are new; a call costs a few lookups, however long the prompt.
-    An index takes some 100 bytes for each token and each length of n-gram.
+    An index takes some 200 bytes for each token and each length of n-gram.
     """
 
     def __init__(self, max_draft: int, *, longest: int, shortest: int) -> None:

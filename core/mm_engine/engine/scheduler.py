@@ -6,9 +6,9 @@
    and get their first, in order of rank. A prompt begins behind the blocks that the KV cache
    still holds of it; one that would compute a block which another computes in this step waits
    for the next, and finds it there.
-4. Sequences that are decoding get drafts (`PromptLookup`), out of the tokens and the free blocks
-   that are left then. So a draft costs nobody a token, a place or a block; the time that it takes
-   is its sequence's own affair, and counts for no pace.
+4. Sequences that are decoding get drafts (`PromptLookup`), by rank, out of the tokens, the free
+   blocks and, where there is a pace, the time that is left then. So a draft costs nobody a token,
+   a place or a block, and no more time than a prompt might.
 
 All of it within one budget of `max_num_batched_tokens`, at most `max_num_seqs` running. A chunk
 is as long as the budget allows, and may end inside an image.
@@ -18,9 +18,10 @@ priority. 2 and 3 go by rank, and 3 admits none once it met one that can't be.
 
 Decodes keep their pace. Beside decodes, prompts get only as many tokens as lengthen the step to
 `pace.max_slowdown` times what the decodes alone would take, and images are encoded in slices of
-the time that is left of that. Prompts are not starved either: some tokens always ride along, a
-slice is encoded in each step that has the time, and both go to the first in rank. Without
-decodes, or without a `pace`, a step takes all that the budget allows.
+the time that is left of that (whole, where the device can't slice: `slices_images`). An image
+that nobody wants any more is given up. Prompts are not starved either: some tokens always ride
+along, a slice is encoded in each step that has the time, and both go to the first in rank.
+Without decodes, or without a `pace`, a step takes all that the budget allows.
 
 When blocks of the KV cache run out (those that are kept but unused count as free), the running
 sequence that is last in rank is preempted: it gives up its blocks, returns to the front of its
@@ -44,6 +45,7 @@ import math
 import time
 from bisect import bisect_right, insort
 from collections.abc import Iterable
+from itertools import chain
 
 from mm_engine.engine.encoder_cache import EncoderCache
 from mm_engine.engine.kv_cache import KVCache
@@ -51,7 +53,7 @@ from mm_engine.engine.pace import MIN_PROMPT_TOKENS, Pace
 from mm_engine.engine.prompt_lookup import PromptLookup
 from mm_engine.engine.waiting_queue import WaitingQueue
 from mm_engine.errors import RequestError
-from mm_engine.request import Request
+from mm_engine.request import Item, Request
 from mm_engine.sequence import (
     EncodeSlice,
     ScheduledBatch,
@@ -74,6 +76,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         pace: Pace | None = None,
+        slices_images: bool = True,
         prompt_lookup: PromptLookup | None = None,
     ) -> None:
         assert max_num_batched_tokens >= 1 and max_num_seqs >= 1
@@ -82,6 +85,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
         self.pace = pace
+        self.slices_images = slices_images
         self.prompt_lookup = prompt_lookup  # None: no drafts
         self.running: list[Sequence] = []  # by rank
         self.waiting = WaitingQueue()
@@ -158,12 +162,11 @@ class Scheduler:
         if not self._moves:
             return ScheduledBatch(())
         encode, evict = self.encoder_cache.end_step()
-        lookup = self.prompt_lookup
-        sequences = tuple(
-            ScheduledSequence(seq, num, self._draft(seq, lookup) if lookup else ())
-            for seq, num in self._plan.items()
-        )
-        return ScheduledBatch(sequences, encode, evict, self._slice)
+        shares: list[ScheduledSequence] = []
+        for sequence, num_new_tokens in self._plan.items():
+            draft = self._draft(sequence, self.prompt_lookup) if self.prompt_lookup else ()
+            shares.append(ScheduledSequence(sequence, num_new_tokens, draft))
+        return ScheduledBatch(tuple(shares), encode, evict, self._slice)
 
     @property
     def _moves(self) -> bool:
@@ -178,6 +181,11 @@ class Scheduler:
                 self.running.remove(sequence)
             self.kv_cache.free(sequence)
             self.encoder_cache.release(sequence)
+        coming = self.encoder_cache.coming
+        if coming is not None and any(_wants(sequence, coming) for sequence in self._leaving):
+            others = chain(self.running, self.waiting)
+            if not any(_wants(sequence, coming) for sequence in others):
+                self.encoder_cache.cancel_slices()
         self.encoder_cache.discard(self._suspect_keys)
         self._leaving, self._suspect_keys = [], []
 
@@ -197,6 +205,7 @@ class Scheduler:
         if self.pace is not None and self._plan:
             self._spare = self.pace.spare_seconds(len(self._plan))
             self._least_spare = MIN_SLICE * self._spare
+        if self._spare < math.inf and self.slices_images:
             self.encoder_cache.slice_items()
         else:
             self.encoder_cache.finish_slices()
@@ -287,7 +296,7 @@ class Scheduler:
     def _encode_slice(self, *, wanted: bool) -> None:
         """Give what time the decodes can spare to an image; with `wanted` only if one is lacked."""
         if self._spare == math.inf or self._spare < self._least_spare:
-            return
+            return  # never with an item unless `slice_items` was called
         item = self.encoder_cache.next_slice(wanted=wanted)
         if item is not None:
             self._slice = EncodeSlice(item, self._spare)
@@ -297,14 +306,18 @@ class Scheduler:
         """Plan a chunk of a prompt; its blocks are there."""
         assert sequence not in self._plan
         self._plan[sequence] = num_new_tokens
-        if self.pace is not None and self._spare < math.inf:
-            num_planned = self.max_num_batched_tokens - self._budget
-            longer = self.pace.seconds(num_planned + num_new_tokens)
-            self._spare = max(0.0, self._spare - longer + self.pace.seconds(num_planned))
-        self._budget -= num_new_tokens
+        self._spend(num_new_tokens)
         self._has_prompt = True
         self.encoder_cache.take(sequence, num_new_tokens)
         self._coming.update(self.kv_cache.keys_completed_by(sequence, num_new_tokens))
+
+    def _spend(self, num_tokens: int) -> None:
+        """Take tokens beside decodes from what the step may still take, and their time."""
+        if self.pace is not None and self._spare < math.inf:
+            num_planned = self.max_num_batched_tokens - self._budget
+            longer = self.pace.seconds(num_planned + num_tokens)
+            self._spare = max(0.0, self._spare - longer + self.pace.seconds(num_planned))
+        self._budget -= num_tokens
 
     def _draft(self, sequence: Sequence, lookup: PromptLookup) -> tuple[int, ...]:
         """A draft for a sequence of the finished plan, and room for it; empty where none fits."""
@@ -313,11 +326,14 @@ class Scheduler:
         max_tokens = sequence.request.sampling_params.max_tokens or 1
         # The step brings a token more than is accepted: a longer draft would be for nothing.
         wanted = max_tokens - sequence.num_output_tokens - 1
-        room = self.kv_cache.room_for(sequence) - self._plan[sequence]
-        draft = lookup.propose(sequence, min(wanted, room, self._budget))
+        room = min(self._budget, self.kv_cache.room_for(sequence) - self._plan[sequence])
+        if self.pace is not None and self._spare < math.inf:
+            num_planned = self.max_num_batched_tokens - self._budget
+            room = self.pace.num_tokens_more(num_planned, self._spare, max(0, room))
+        draft = lookup.propose(sequence, min(wanted, room))
         appended = self.kv_cache.append(sequence, self._plan[sequence] + len(draft))
         assert appended, "room_for said so"
-        self._budget -= len(draft)
+        self._spend(len(draft))
         return draft
 
     def _make_blocks(self, sequence: Sequence, num_new_tokens: int) -> bool:
@@ -357,6 +373,14 @@ def _decodes(sequence: Sequence) -> bool:
     num_tokens = len(sequence.token_ids)  # no properties: this runs often for each in each step
     return num_tokens - sequence.num_computed_tokens == 1 and num_tokens > len(
         sequence.request.prompt_token_ids
+    )
+
+
+def _wants(sequence: Sequence, item: Item) -> bool:
+    """Whether a sequence has yet to compute tokens of such an item."""
+    return any(
+        mine.content_key == item.content_key and mine.placeholder.end > sequence.num_computed_tokens
+        for mine in sequence.request.items
     )
 
 

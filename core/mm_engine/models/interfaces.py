@@ -36,6 +36,11 @@ class SupportsVision:
     #: To be written: for each image its rows `[num_tokens, hidden]` in the dtype of `ctx`, as many
     #: as its placeholder tokens and in their order. One keyword for each tensor that the mapper
     #: returns: equal shapes arrive stacked `[num_images, ...]`, unequal ones as a list of tensors.
+    #:
+    #: Beside answers that stream, a call may run in another thread, rest after any submodule has
+    #: returned while `forward` computes a step, and go on, or be ended there by an exception. So
+    #: it shares nothing that it writes to with `forward`, holds no lock and no global setting
+    #: (default dtype, backend flags) over a submodule's call, and catches no `BaseException`.
     embed_images: Callable[..., list[Tensor]]
 
     def forward(

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_engine.errors import MMEngineError
 from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.plugins.plugin import Plugin
 from mm_engine.request import Item
-from mm_engine.worker.sliced_call import SlicedCall
+from mm_engine.worker.sliced_call import Cancelled, SlicedCall
 
 
 class Encoder:
@@ -33,7 +33,7 @@ class Encoder:
         self.device = device
         self.features: dict[str, Tensor] = {}  # content key -> [num_tokens, hidden]
         self.num_encoded = 0
-        self._sliced: tuple[str, SlicedCall[None]] | None = None  # what is encoded in slices
+        self._sliced: tuple[str, SlicedCall] | None = None  # what is encoded in slices
         self._failures: dict[str, BaseException] = {}  # of what was, until somebody needs it
 
     @property
@@ -42,8 +42,11 @@ class Encoder:
         return self.hidden_size * self.dtype.itemsize
 
     def drop(self, keys: Sequence[str]) -> None:
-        """Forget the features of `keys`."""
+        """Forget the features of `keys`; what is encoded in part is not encoded to its end."""
         for key in keys:
+            if self._sliced is not None and self._sliced[0] == key:
+                self._sliced[1].cancel()
+                self._sliced = None
             self.features.pop(key, None)
             self._failures.pop(key, None)
 
@@ -85,6 +88,8 @@ class Encoder:
 
         If it fails, the step that needs its features is told, by `encode`.
         """
+        if self._sliced is not None and self._sliced[0] != item.content_key:
+            self._finish_slices(self._sliced[0])  # left by a step that Ctrl-C cut short
         if self._sliced is None:
             if item.content_key in self.features or item.content_key in self._failures:
                 return  # another step had to have it whole
@@ -93,17 +98,22 @@ class Encoder:
                 with torch.inference_mode():
                     self._encode([item])
 
-            leaves = [module for module in self.model.modules() if not list(module.children())]
-            self._sliced = item.content_key, SlicedCall(call, leaves)
-        key, sliced = self._sliced
-        assert key == item.content_key
-        sliced.run(seconds)
+            try:
+                self._sliced = item.content_key, SlicedCall(call, self._places_to_rest())
+            except RuntimeError:  # no thread to be had: the step that needs it encodes it whole
+                return
+        self._sliced[1].run(seconds)
         self._collect()
 
     @property
     def slice_is_last(self) -> bool:
         """Whether nothing is encoded in part."""
         return self._sliced is None
+
+    def _places_to_rest(self) -> list[nn.Module]:
+        """The leaves of the model. Scripted ones take no hooks after they were compiled."""
+        modules = [m for m in self.model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        return [module for module in modules if not list(module.children())]
 
     def _finish_slices(self, key: str) -> None:
         if self._sliced is not None and self._sliced[0] == key:
@@ -116,10 +126,9 @@ class Encoder:
         if not sliced.ended:
             return
         self._sliced = None
-        try:
-            sliced.result()
-        except BaseException as error:  # raised in the call's own thread, so not by Ctrl-C
-            self._failures[key] = error
+        if sliced.error is not None:
+            _forget_frames(sliced.error)
+            self._failures[key] = sliced.error
 
     def _encode(self, items: Sequence[Item]) -> None:
         method = f"embed_{items[0].modality}s"
@@ -130,6 +139,8 @@ class Encoder:
                 features = self.plugin.observed(
                     method, embed, lambda: self._finished(embed(**tensors))
                 )
+        except Cancelled:
+            raise
         except BaseException as error:  # SystemExit too: a plugin doesn't end the engine
             if may_be_the_users(error):
                 raise
@@ -192,6 +203,16 @@ class Encoder:
                 method, f"expected finite features for {what}, got NaN or infinity"
             )
         return rows
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of the tensors in an exception's frames: it may be kept for long.
+
+    The message of a `PluginError` says where in the plugin it was raised.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def batch(tensors: list[Tensor]) -> Tensor | list[Tensor]:

@@ -29,6 +29,8 @@ from mm_engine.worker.memory import DeviceMemory
 from mm_engine.worker.sampler import Sampler
 from mm_engine.worker.verification import sample_shares
 
+LONG_STEP = 0.2  # seconds
+
 
 class ModelRunner:
     """Owns the model, the KV cache's tensors and the features; holds no state of any request."""
@@ -113,7 +115,8 @@ class ModelRunner:
         """How long steps of 1, 2, 4, … up to `max_tokens` tokens take: pairs (tokens, seconds).
 
         Each runs over one sequence's first tokens, in the KV cache's first blocks, which are zeroed
-        again; short ones run twice, and the better time counts.
+        again. Short ones run twice, and the better time counts; where steps are long, so are the
+        strides from one size to the next.
         """
         num_tokens = 1
         while num_tokens <= max_tokens:
@@ -127,11 +130,16 @@ class ModelRunner:
                 before = time.perf_counter()
                 self.run(batch)
                 best = min(best, time.perf_counter() - before)
-                if best > 0.2:
+                if best > LONG_STEP and num_tokens > 1:  # the first of all was a cold one
                     break
             self._clean(batch.sequences[0])
             yield num_tokens, best
-            num_tokens *= 2
+            num_tokens *= 8 if best > LONG_STEP else 2
+
+    @property
+    def slices_images(self) -> bool:
+        """Whether `encode_slice` bounds time: elsewhere a slice would only be launched in it."""
+        return self.device.type == "cpu"
 
     @property
     def slice_is_last(self) -> bool:
@@ -294,12 +302,12 @@ class ModelRunner:
 
 
 def _without_drafts(batch: ScheduledBatch, indices: set[int]) -> ScheduledBatch:
-    """The plan without the drafts of these of its sequences, and what it encodes is encoded."""
+    """The plan without the drafts of these of its sequences; what it encodes is encoded."""
     shares = tuple(
         share._replace(draft_token_ids=()) if i in indices else share
         for i, share in enumerate(batch.sequences)
     )
-    return replace(batch, sequences=shares, encode_slice=None)
+    return replace(batch, sequences=shares, encode_slice=None, evict=())
 
 
 def _touched(scheduled: ScheduledSequence) -> list[Item]:

@@ -6,11 +6,9 @@ import enum
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from torch import nn
-
-T = TypeVar("T")
 
 
 class _State(enum.Enum):
@@ -19,15 +17,22 @@ class _State(enum.Enum):
     ENDED = enum.auto()
 
 
-class SlicedCall(Generic[T]):
+class Cancelled(BaseException):
+    """Ends a call that nobody waits for; no `Exception`, so that a plugin lets it pass."""
+
+
+class SlicedCall:
     """Calls `call` in a thread of its own, for as long at a time as it is told.
 
     It can rest wherever one of `modules` has computed its output, so a slice is as fine as the
     modules are: give it leaves. The caller waits while the thread runs, so that never more than
     one of them computes. The thread is a daemon: an engine that ends doesn't wait for it.
+
+    Raises:
+        RuntimeError: no thread can be started.
     """
 
-    def __init__(self, call: Callable[[], T], modules: list[nn.Module]) -> None:
+    def __init__(self, call: Callable[[], None], modules: list[nn.Module]) -> None:
         self._call = call
         self._modules = modules
         self._state = _State.RESTING
@@ -35,33 +40,31 @@ class SlicedCall(Generic[T]):
         self._began = self._seconds = 0.0  # of the slice
         self._longest = 0.0  # seconds between two places to rest
         self._last = 0.0  # when the last was passed
-        self._results: list[T] = []  # the one, when there is one
-        self._error: BaseException | None = None
+        self._cancelled = False
+        self.error: BaseException | None = None  # what the call raised
         self._thread = threading.Thread(target=self._run, name="sliced-call", daemon=True)
         self._thread.start()
 
     @property
     def ended(self) -> bool:
-        """Whether there is a result, or an error."""
+        """Whether the call has returned, or raised."""
         return self._state is _State.ENDED
 
     def run(self, seconds: float = float("inf")) -> None:
         """Let the call go on for about `seconds`, or to its end."""
         with self._changed:
+            # Left early by Ctrl-C, the thread may still be running: it gets this time instead.
+            self._began, self._seconds = time.perf_counter(), seconds
             if self._state is _State.RESTING:
-                self._began = self._last = time.perf_counter()
-                self._seconds = seconds
+                self._last = self._began
                 self._state = _State.RUNNING
                 self._changed.notify_all()
-            # Left early by Ctrl-C, the thread still rests when its time is over.
             self._changed.wait_for(lambda: self._state is not _State.RUNNING)
 
-    def result(self) -> T:
-        """What the call returned; it must have ended. Raises what it raised."""
-        assert self.ended
-        if self._error is not None:
-            raise self._error
-        return self._results[0]
+    def cancel(self) -> None:
+        """End the call where it rests: there it raises, and unwinds."""
+        self._cancelled = True
+        self.run()
 
     def _run(self) -> None:
         with self._changed:
@@ -72,11 +75,14 @@ class SlicedCall(Generic[T]):
             if threading.get_ident() == own:  # others may be computing with these modules too
                 self._maybe_rest()
 
-        handles = [module.register_forward_hook(place_to_rest) for module in self._modules]
+        handles = []
         try:
-            self._results.append(self._call())
+            if not self._cancelled:
+                for module in self._modules:
+                    handles.append(module.register_forward_hook(place_to_rest))
+                self._call()
         except BaseException as error:
-            self._error = error
+            self.error = error
         finally:
             for handle in handles:
                 handle.remove()
@@ -89,9 +95,10 @@ class SlicedCall(Generic[T]):
         self._longest = max(self._longest, now - self._last)
         self._last = now
         # Rest where the end of the slice is nearest: half of the next piece may lie behind it.
-        if now - self._began + self._longest / 2 < self._seconds:
-            return
-        with self._changed:
-            self._state = _State.RESTING
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._state is _State.RUNNING)
+        if not self._cancelled and now - self._began + self._longest / 2 >= self._seconds:
+            with self._changed:
+                self._state = _State.RESTING
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._state is _State.RUNNING)
+        if self._cancelled:
+            raise Cancelled
