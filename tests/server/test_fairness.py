@@ -17,6 +17,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server that runs one sequence at a time."""
     folder = tmp_path_factory.mktemp("narrow")
     flags = ("--dtype", "float32", "--kv-cache-memory", "64MiB", "--max-num-seqs", "1")
+    flags += ("--scheduling-policy", "priority")
     with ServerProcess(folder, *flags) as started:
         yield started
 

@@ -67,6 +67,14 @@ def serve(
             rich_help_panel=SERVER_PANEL,
         ),
     ] = 256,
+    scheduling_policy: Annotated[
+        Literal["fcfs", "priority"],
+        typer.Option(
+            help="fcfs: requests run in order of arrival. priority: the lower priority number "
+            "first, which lets any client's request preempt others: for trusted clients.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = "fcfs",
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         typer.Option(help="Least level that is logged.", rich_help_panel=SERVER_PANEL),
@@ -217,6 +225,7 @@ def serve(
         api_key=api_key or None,
         chat_template=chat_template,
         max_queued_requests=max_queued_requests,
+        scheduling_policy=scheduling_policy,
         log_stats=not disable_log_stats,
     )
     raise typer.Exit(run_server(config, settings, print_banner))

@@ -35,6 +35,7 @@ async def open_chat(service: Service, body: bytes, slots: Slots) -> Job:
     """
     asked = await parsed(service, ChatRequest, body)
     service.check_model(asked.model)
+    service.check_priority(asked.priority)
     params = asked.sampling_params()
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     request = await service.in_thread(lambda: _prepare(service, asked, params, request_id))

@@ -28,6 +28,7 @@ async def open_completion(service: Service, body: bytes, slots: Slots) -> Job:
     """
     asked = await parsed(service, CompletionRequest, body)
     service.check_model(asked.model)
+    service.check_priority(asked.priority)
     params = asked.sampling_params()
     prompts = asked.prompts()
     slots.take(len(prompts))

@@ -122,7 +122,7 @@ class GenerationRequest(Shape):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
-    priority: Int64 | None = None  # lower goes first
+    priority: Int64 | None = None  # lower goes first; see `Service.check_priority`
 
     @property
     def include_usage(self) -> bool:

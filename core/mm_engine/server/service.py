@@ -99,6 +99,19 @@ class Service:
                 code="model_not_found",
             )
 
+    def check_priority(self, asked: int | None) -> None:
+        """Refuse a priority unless the server was told that its clients may preempt each other.
+
+        Raises:
+            RequestError: it isn't 0, and the policy is first come, first served.
+        """
+        if asked and self.settings.scheduling_policy != "priority":
+            raise RequestError(
+                "priority isn't offered by this server. Leave it out, or start the server with "
+                "--scheduling-policy priority.",
+                param="priority",
+            )
+
     def cache_salt(self, asked: str | None) -> str:
         """What separates a request from others in all caches; see `bound_salt`."""
         return bound_salt(self.settings.api_key, asked or "")

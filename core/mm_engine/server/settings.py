@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mm_engine.inputs.media import MediaLimits
 
@@ -21,6 +22,7 @@ class ServerSettings:
     max_body_bytes: int = 32 * 2**20
     max_queued_requests: int = 256  # prompts in flight, waiting or running
     max_input_threads: int = 4  # prompts that are rendered, decoded and mapped at the same time
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"  # whether requests may have a priority
     body_timeout: float = 60.0  # for a request's body to arrive
     drain_timeout: float = 30.0  # for streams to finish after SIGTERM
     log_stats: bool = True  # a line on the load every few seconds
