@@ -51,7 +51,7 @@ def output(name: str, text: str, *, finished: bool = False) -> RequestOutput:
 
 async def collect(engine: Scripted, *names: str) -> list[tuple[int, str]]:
     async with Answer(engine, [request(name) for name in names]) as answer:  # type: ignore[arg-type]
-        return [(index, new.outputs[0].text) async for index, new in answer]
+        return [(news.prompt, news.output.outputs[0].text) async for news in answer]
 
 
 def test_outputs_of_all_prompts_come_with_their_index() -> None:

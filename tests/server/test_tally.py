@@ -11,24 +11,18 @@ from mm_engine.outputs import CompletionOutput, RequestOutput, RequestTimes
 from mm_engine.plugins.record import PluginRecord
 from mm_engine.request import Request
 from mm_engine.sampling_params import SamplingParams
-from mm_engine.server import tally as tally_module
+from mm_engine.server.answer import News
 from mm_engine.server.metrics import REASONS, Metrics
 from mm_engine.server.tally import Tally
 
 
 class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def perf_counter(self) -> float:
-        return self.now
+    now = 100.0
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(tally_module, "time", made)
-    return made
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
@@ -66,20 +60,30 @@ def ended(metrics: Metrics) -> dict[str, float | None]:
     }
 
 
-def news(
-    index: int = 0, reason: str | None = None, times: RequestTimes | None = None
-) -> RequestOutput:
-    completion = CompletionOutput(index, "x", [5], finish_reason=reason)
-    return RequestOutput("r", [completion], reason is not None, times=times)
+@pytest.fixture
+def news(clock: Clock) -> Callable[..., News]:
+    """`news(1, 0, "stop")`: that of prompt 1, a token of its completion 0, its last one."""
+
+    def make(
+        prompt: int,
+        index: int = 0,
+        reason: str | None = None,
+        times: RequestTimes | None = None,
+    ) -> News:
+        completion = CompletionOutput(index, "x", [5], finish_reason=reason)
+        output = RequestOutput("r", [completion], reason is not None, times=times)
+        return News(prompt, output, clock.now)
+
+    return make
 
 
-def test_an_answer_is_in_every_histogram_once(metrics, clock, tally) -> None:
+def test_an_answer_is_in_every_histogram_once(metrics, clock, tally, news) -> None:
     counting = tally(7)
     clock.now += 1
-    counting.add(0, news(times=RequestTimes(0.25, 0.5)))
+    counting.add(news(0, times=RequestTimes(0.25, 0.5)))
     for pause, reason in ((2, None), (4, "length")):
         clock.now += pause
-        counting.add(0, news(reason=reason))
+        counting.add(news(0, reason=reason))
     clock.now += 50
     counting.close("abort")
     counting.close("error")
@@ -93,13 +97,13 @@ def test_an_answer_is_in_every_histogram_once(metrics, clock, tally) -> None:
     assert ended(metrics) == {"stop": 0, "length": 1, "abort": 0, "error": 0}
 
 
-def test_completions_count_by_themselves_and_prompts_once(metrics, clock, tally) -> None:
+def test_completions_count_by_themselves_and_prompts_once(metrics, clock, tally, news) -> None:
     counting = tally(7, 9, n=2)
     for prompt in range(2):
-        counting.add(prompt, news(0))
-        counting.add(prompt, news(1, "stop"))
+        counting.add(news(prompt, 0))
+        counting.add(news(prompt, 1, "stop"))
         clock.now += 3
-        counting.add(prompt, news(0, "length"))
+        counting.add(news(prompt, 0, "length"))
     counting.close("abort")
     assert summed(metrics, "request_prompt_tokens") == (2, 16)
     assert summed(metrics, "request_generation_tokens") == (4, 6)
@@ -107,19 +111,21 @@ def test_completions_count_by_themselves_and_prompts_once(metrics, clock, tally)
     assert ended(metrics) == {"stop": 2, "length": 2, "abort": 0, "error": 0}
 
 
-def test_a_single_token_has_no_time_to_the_next(metrics, tally) -> None:
-    tally(7).add(0, news(reason="stop"))
+def test_a_single_token_has_no_time_to_the_next(metrics, tally, news) -> None:
+    tally(7).add(news(0, reason="stop"))
     assert summed(metrics, "request_time_per_output_token_seconds") == (0, 0)
     assert summed(metrics, "request_decode_time_seconds") == (1, 0)
 
 
 @pytest.mark.parametrize("reason", ["abort", "error"])
-def test_what_is_left_unfinished_counts_with_the_reason(metrics, clock, tally, reason: str) -> None:
+def test_what_is_left_unfinished_counts_with_the_reason(
+    metrics, clock, tally, news, reason: str
+) -> None:
     counting = tally(7, n=3)
-    counting.add(0, news(0, "stop"))
-    counting.add(0, news(1))
+    counting.add(news(0, 0, "stop"))
+    counting.add(news(0, 1))
     clock.now += 2
-    counting.add(0, news(1))
+    counting.add(news(0, 1))
     counting.close(reason)
     assert ended(metrics) == {**dict.fromkeys(REASONS, 0), "stop": 1, reason: 2}
     assert summed(metrics, "request_generation_tokens") == (3, 3)

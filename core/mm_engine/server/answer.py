@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mm_engine.errors import EngineDead, MMEngineError
 from mm_engine.outputs import RequestOutput
@@ -16,8 +17,16 @@ if TYPE_CHECKING:
     from mm_engine.engine.client import EngineClient
 
 
+class News(NamedTuple):
+    """What the engine told of one prompt."""
+
+    prompt: int  # its index
+    output: RequestOutput
+    came: float  # `time.perf_counter()` when it came, however late it is read here
+
+
 class Answer:
-    """Iterates over `(index of the prompt, what is new)` for all prompts, as it comes.
+    """Iterates over the `News` of all prompts, as they come.
 
     An async context manager: the engine works on the requests inside it, and on leaving it those
     that haven't finished are aborted. If one fails, its error is raised and all are.
@@ -26,7 +35,7 @@ class Answer:
     def __init__(self, client: EngineClient, requests: Sequence[Request]) -> None:
         self._client = client
         self._requests = requests
-        self._news: asyncio.Queue[tuple[int, RequestOutput] | int | Exception] = asyncio.Queue()
+        self._news: asyncio.Queue[News | int | Exception] = asyncio.Queue()
         self._readers: list[asyncio.Task[None]] = []
         self._num_unfinished = len(requests)
 
@@ -50,7 +59,7 @@ class Answer:
     def __aiter__(self) -> Answer:
         return self
 
-    async def __anext__(self) -> tuple[int, RequestOutput]:
+    async def __anext__(self) -> News:
         """What is new.
 
         Raises:
@@ -60,7 +69,7 @@ class Answer:
             news = await self._news.get()
             if isinstance(news, Exception):
                 raise news
-            if isinstance(news, tuple):
+            if isinstance(news, News):
                 return news
             self._num_unfinished -= 1
         raise StopAsyncIteration
@@ -75,7 +84,7 @@ class Answer:
             async with contextlib.aclosing(self._client.generate(request)) as outputs:
                 async for output in outputs:
                     finished = output.finished
-                    self._news.put_nowait((index, output))
+                    self._news.put_nowait(News(index, output, time.perf_counter()))
         except Exception as error:  # whatever it is, the request's own task must get to know it
             self._news.put_nowait(error)
             return

@@ -97,6 +97,7 @@ class Exchange(Response):
                 receive, self._answer(body, slots, send, arrived, notes)
             ):
                 notes["status"] = CLIENT_GONE
+                return
         metrics.request_seconds.observe(time.perf_counter() - arrived)
 
     async def _answer(
@@ -112,8 +113,8 @@ class Exchange(Response):
                         await _stream(answer, job.reply, tally, send, notes)
                     else:
                         await _whole(answer, job, tally, send)
-        except Exception:
-            tally.close("error")
+        except Exception as error:
+            tally.fail(error)
             raise
         finally:
             tally.close("abort")  # what hasn't ended by now: the client has left
@@ -121,9 +122,9 @@ class Exchange(Response):
 
 async def _whole(answer: Answer, job: Job, tally: Tally, send: Send) -> None:
     outputs = [RequestOutput(request.request_id) for request in job.requests]
-    async for prompt, output in answer:
-        tally.add(prompt, output)
-        outputs[prompt].extend(output)
+    async for news in answer:
+        tally.add(news)
+        outputs[news.prompt].extend(news.output)
     body = job.reply.whole(outputs, tally).model_dump_json(exclude_unset=True).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -133,21 +134,21 @@ async def _whole(answer: Answer, job: Job, tally: Tally, send: Send) -> None:
 async def _stream(
     answer: Answer, reply: Reply, tally: Tally, send: Send, notes: dict[str, Any]
 ) -> None:
-    prompt, output = await anext(answer)  # or the error that decides the status
-    tally.add(prompt, output)
+    news = await anext(answer)  # or the error that decides the status
+    tally.add(news)
     await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
     try:
         await _emit(send, reply.opening())
-        await _emit(send, reply.events(prompt, output))
-        async for prompt, output in answer:
-            tally.add(prompt, output)
-            await _emit(send, reply.events(prompt, output))
+        await _emit(send, reply.events(news.prompt, news.output))
+        async for news in answer:
+            tally.add(news)
+            await _emit(send, reply.events(news.prompt, news.output))
         await _emit(send, reply.closing(tally))
         last = b"data: [DONE]\n\n"
     except Exception as error:  # the status is out: the stream has to say it
         status, body = body_of(error)
         notes["failed"] = status
-        tally.close("error")
+        tally.fail(error)
         last = b"data: " + json.dumps(body).encode("ascii") + b"\n\n"
     await send({"type": "http.response.body", "body": last})
 

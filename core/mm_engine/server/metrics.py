@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from mm_engine.engine.status import EngineStats
     from mm_engine.inputs.processed_items import ProcessedItems
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+SECONDS = (
+    *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+    *(60, 120, 300, 600, 1800),  # on a CPU, a long answer takes minutes
+)
 TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
-#: Why completions end. "abort": the client left, or the server didn't wait any longer.
+#: Why completions end. "abort": the client left, or lost them with another prompt of its request
+#: that was refused. "error": a plugin or the engine failed, or the server was shut down meanwhile.
 REASONS = ("stop", "length", "abort", "error")
 
 #: Fields of `EngineStats`, with the names of vLLM's metrics where the meaning is the same.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mm_engine.outputs import RequestOutput
+from mm_engine.errors import RequestError
 from mm_engine.request import Request
+from mm_engine.server.answer import News
 from mm_engine.server.metrics import Metrics
 from mm_engine.server.responses import PromptTokensDetails, Usage
 
@@ -33,16 +33,19 @@ class Tally:
         self._num_cached = dict.fromkeys(range(len(requests)), 0)
         self._metrics = metrics
         self._arrived = arrived
-        self._prompts = [len(request.prompt_token_ids) for request in requests]  # until close()
+        self._prompts = {  # their tokens, until close()
+            prompt: len(request.prompt_token_ids) for prompt, request in enumerate(requests)
+        }
+        self._begun: set[int] = set()  # prompts that have a token of an answer
         self._open = {  # those that haven't ended
             (prompt, index): _Completion()
             for prompt, request in enumerate(requests)
             for index in range(request.sampling_params.n)
         }
 
-    def add(self, prompt: int, output: RequestOutput) -> None:
-        """Count what is new for the prompt of this index."""
-        now = time.perf_counter()
+    def add(self, news: News) -> None:
+        """Count what is new."""
+        prompt, output, came = news
         self._num_cached[prompt] = max(self._num_cached[prompt], output.num_cached_tokens)
         if output.times is not None:
             self._metrics.queue_seconds.observe(output.times.queue)
@@ -50,19 +53,35 @@ class Tally:
         for new in output.outputs:
             completion = self._open[prompt, new.index]
             if new.token_ids:
+                self._begun.add(prompt)
                 self.num_completion_tokens += len(new.token_ids)
-                self._time(now, completion, len(new.token_ids))
+                self._time(came, completion, len(new.token_ids))
             if new.finish_reason is not None:
                 self.finish_reasons.append(new.finish_reason)
                 self._end(self._open.pop((prompt, new.index)), new.finish_reason)
+
+    def fail(self, error: Exception) -> None:
+        """Count what hasn't ended as ended by this error; a second call does nothing.
+
+        A prompt that was refused before its first token never ran, and isn't counted: HTTP's
+        status tells of it. Its request's other prompts are given up on as if the client had left.
+        """
+        if not isinstance(error, RequestError):
+            self.close("error")
+            return
+        self._open = {key: value for key, value in self._open.items() if key[0] in self._begun}
+        self._prompts = {
+            prompt: num for prompt, num in self._prompts.items() if prompt in self._begun
+        }
+        self.close("abort")
 
     def close(self, reason: str) -> None:
         """Count what hasn't ended as ended for this reason; a second call does nothing."""
         for completion in self._open.values():
             self._end(completion, reason)
-        for num_tokens in self._prompts:
+        for num_tokens in self._prompts.values():
             self._metrics.prompt_tokens.observe(num_tokens)
-        self._open, self._prompts = {}, []
+        self._open, self._prompts = {}, {}
 
     @property
     def usage(self) -> Usage:
@@ -85,17 +104,17 @@ class Tally:
             parts.append(f"first after {self.first_token_seconds:.2f} s")
         return " · ".join(parts)
 
-    def _time(self, now: float, completion: _Completion, num_tokens: int) -> None:
+    def _time(self, came: float, completion: _Completion, num_tokens: int) -> None:
         if self.first_token_seconds is None:
-            self.first_token_seconds = now - self._arrived
+            self.first_token_seconds = came - self._arrived
             self._metrics.first_token_seconds.observe(self.first_token_seconds)
         if completion.num_tokens:
-            self._metrics.token_seconds.observe(now - completion.last_token)
+            self._metrics.token_seconds.observe(came - completion.last_token)
         else:
-            completion.first_token = now
+            completion.first_token = came
         for _ in range(num_tokens - 1):  # of the same step: nobody waited for them
             self._metrics.token_seconds.observe(0.0)
-        completion.last_token = now
+        completion.last_token = came
         completion.num_tokens += num_tokens
 
     def _end(self, completion: _Completion, reason: str) -> None:
