@@ -11,7 +11,7 @@ from fastapi import FastAPI, Response
 from pydantic import BaseModel
 from starlette.middleware import Middleware
 
-from mm_engine.errors import EngineDead, RequestError
+from mm_engine.errors import EngineDead
 from mm_engine.plugins.blame import no_more_calls
 from mm_engine.server.access_log import AccessLog
 from mm_engine.server.chat import open_chat
@@ -142,17 +142,19 @@ def _add_information_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", responses=key_errors, response_class=Response)
     async def metrics() -> Response:
         """Metrics in Prometheus' text format."""
-        text = service.metrics.text(await _stats(service))
+        stats = await _stats(service)
+        text = service.metrics.text(stats, alive=service.client.alive)
         return Response(text, media_type="text/plain; version=0.0.4")
 
 
 async def _stats(service: Service) -> EngineStats | None:
+    """The engine's numbers; None if it is gone, or busy with a long step."""
     if not service.client.alive:
         return None
     try:
         async with asyncio.timeout(STATS_TIMEOUT):
             return await service.client.stats()
-    except (TimeoutError, RequestError):
+    except (TimeoutError, EngineDead):
         return None
 
 

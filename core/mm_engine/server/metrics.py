@@ -95,15 +95,16 @@ class EngineCollector:
 
     def __init__(self, processed: ProcessedItems) -> None:
         self.stats: EngineStats | None = None
+        self.alive = True
         self._processed = processed
 
     def collect(self) -> Iterable[Metric]:
         """Yield a metric for each number (called by prometheus_client)."""
         stats = self.stats
         yield GaugeMetricFamily(
-            "mm_engine_up", "Whether the engine process lives", float(stats is not None)
+            "mm_engine_up", "Whether the engine process lives", float(self.alive)
         )
-        if stats is None:
+        if stats is None or not self.alive:
             return
         for name, (field, text) in _GAUGES.items():
             yield GaugeMetricFamily(f"mm_engine_{name}", text, getattr(stats, field))
@@ -189,9 +190,14 @@ class Metrics:
         for reason in REASONS:
             self.ended.labels(reason)  # shown from the start, as 0
 
-    def text(self, stats: EngineStats | None) -> bytes:
-        """All metrics in Prometheus' text format."""
-        self.engine.stats = stats
+    def text(self, stats: EngineStats | None, *, alive: bool) -> bytes:
+        """All metrics in Prometheus' text format.
+
+        `stats` is None if the engine told none: the last ones stand while it is `alive`, since a
+        step may take longer than a scrape waits.
+        """
+        self.engine.stats = stats or self.engine.stats
+        self.engine.alive = alive
         return generate_latest(self.registry)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float] = SECONDS) -> Histogram:
