@@ -21,6 +21,8 @@ from mm_engine.plugins.discovery import demos
 
 ENGINE = str(Path(sys.executable).with_name("engine"))
 START_SECONDS = 120.0
+#: Flags of a server with the demo: in float32 an answer doesn't depend on what else is in a step.
+FLAGS = ("--dtype", "float32", "--kv-cache-memory", "64MiB", "--served-model-name", "demo")
 KEY = "correct-horse-battery-staple"  # of servers that want one
 #: The same server with settings that have no flags.
 WITH_SETTINGS = """
@@ -38,8 +40,8 @@ if __name__ == "__main__":
 """
 
 
-def wait_until(ready: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
-    """Poll; fails the test when time is up."""
+def wait_until(ready: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+    """Poll; fails the test when time is up, which is long for what takes an instant."""
     deadline = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > deadline:

@@ -11,14 +11,12 @@ from openai import OpenAI
 
 from mm_engine.plugins.discovery import demos
 from pictures import data_url, encode, quarters
-from serving import KEY, ServerProcess
+from serving import FLAGS, KEY, ServerProcess
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """float32: then an answer doesn't depend on what else is in a step."""
-    flags = ("--dtype", "float32", "--kv-cache-memory", "64MiB", "--served-model-name", "demo")
-    with ServerProcess(tmp_path_factory.mktemp("server"), *flags) as started:
+    with ServerProcess(tmp_path_factory.mktemp("server"), *FLAGS) as started:
         yield started
 
 

@@ -6,6 +6,7 @@ Each table has a positive control: the request that every case changes in one pl
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from serving import ServerProcess, sse_events, wait_until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SECRET = "s3cr3t"
+ROOT = str(Path(__file__).parents[2])  # where the sources lie
 PICTURE = encode(quarters(96, 96))
 
 
@@ -41,7 +43,7 @@ def check_error(response: Any, status: int, param: str | None) -> dict[str, Any]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["param"] == param
     assert error["message"].endswith((".", "…", ")"))
-    for part in (SECRET, "Traceback", "site-packages", "/work", "0x7", ".py"):
+    for part in (SECRET, "Traceback", "site-packages", ROOT, "0x7", ".py"):
         assert part not in response.text
     return dict(error)
 
@@ -291,7 +293,7 @@ def test_a_neighbour_is_not_disturbed_and_nothing_is_kept(server: ServerProcess)
             check_error(server.http.post(CHAT, json=request), 400, URL)
         text += "".join(json.loads(e)["choices"][0]["text"] for e in events if e != "[DONE]")
     assert text == alone
-    wait_until(lambda: server.is_idle, "everything given back", 2)
+    wait_until(lambda: server.is_idle, "everything given back")
     assert server.http.get("/health").status_code == 200
 
 

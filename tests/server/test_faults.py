@@ -36,7 +36,7 @@ def test_a_plugin_that_breaks_its_contract_fails_one_request_and_is_named(
     assert error["message"].startswith("faulty.py ")
     assert "Traceback" not in strict.output
     assert ask(strict, 12).status_code == 200
-    wait_until(lambda: strict.is_idle, "everything given back", 2)
+    wait_until(lambda: strict.is_idle, "everything given back")
 
 
 SECRET = "s3cr3t"

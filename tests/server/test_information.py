@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 import pytest
@@ -79,27 +77,9 @@ def test_parts_of_an_answers_time_add_up(server: ServerProcess, client: OpenAI) 
     queue, prefill, decode, first, between, mean = (
         seconds(name) - old for name, old in zip(names, before, strict=True)
     )
-    assert 0 < queue < prefill
+    assert queue > 0 and prefill > 0  # how much of each is the machine's affair
     assert queue + prefill <= first  # which has the way to the engine and back on top
     assert decode == pytest.approx(between) == pytest.approx(8 * mean)
-
-
-def test_time_in_the_queue_is_the_time_of_those_before(strict: ServerProcess) -> None:
-    """One at a time: the second waits for the first."""
-    queue = "mm_engine_request_queue_time_seconds_sum"
-    body = {"prompt": "circle", "max_tokens": 60, "ignore_eos": True}
-
-    def ask() -> None:
-        assert strict.http.post("/v1/completions", json=body).status_code == 200
-
-    before, start = strict.metric(queue), time.monotonic()
-    ask()
-    alone, seconds = strict.metric(queue) - before, time.monotonic() - start
-    with ThreadPoolExecutor(2) as threads:
-        for done in [threads.submit(ask) for _ in range(2)]:
-            done.result()
-    together = strict.metric(queue) - before - alone
-    assert alone < seconds / 4 < together
 
 
 def test_an_answer_that_nobody_waits_for_counts_as_aborted(server: ServerProcess) -> None:

@@ -24,18 +24,24 @@ def test_sigterm_lets_streams_finish_and_leaves_nothing(tmp_path: Path) -> None:
         httpx.Client(base_url=server.url, timeout=30) as idle,
     ):
         assert idle.get("/health").status_code == 200  # keeps its connection
-        body = {**LONG, "max_tokens": 300}
+
+        def refuses_newcomers() -> bool:
+            try:
+                httpx.get(f"{server.url}/health", timeout=30)
+            except (httpx.NetworkError, httpx.RemoteProtocolError):  # not: slow to answer
+                return True
+            return False
+
+        body = {**LONG, "max_tokens": 1000}
         with server.http.stream("POST", "/v1/completions", json=body) as response:
             events = sse_events(response.iter_lines())
             next(events)
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
-            with pytest.raises(httpx.TransportError), httpx.Client() as newcomer:
-                newcomer.get(f"{server.url}/health")
+            wait_until(refuses_newcomers, "newcomers to be refused")
             rest = list(events)
         assert rest[-1] == "[DONE]"
         assert json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
-        assert server.process.wait(10) == 0
+        assert server.process.wait(60) == 0
         assert server.leftovers() == []
         assert "Traceback" not in server.output
 
@@ -44,7 +50,7 @@ def test_ctrl_c_ends_it_with_0(tmp_path: Path) -> None:
     with ServerProcess(tmp_path, "--kv-cache-memory", "64MiB") as server:
         for pid in (*server.children, server.process.pid):  # as a terminal does, to the group
             os.kill(pid, signal.SIGINT)
-        assert server.process.wait(10) == 0
+        assert server.process.wait(60) == 0
         assert server.leftovers() == []
         assert "Traceback" not in server.output
 
@@ -70,7 +76,7 @@ def test_what_outlasts_the_drain_ends_in_a_proper_error(tmp_path: Path, stream: 
 
 
 def test_when_the_engine_is_killed_clients_and_health_are_told(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path, settings={"dead_engine_timeout": 3.0}) as server:
+    with ServerProcess(tmp_path, settings={"dead_engine_timeout": 10.0}) as server:
         body = {**LONG, "max_tokens": 4000}
         with server.http.stream("POST", "/v1/completions", json=body) as response:
             events = sse_events(response.iter_lines())
@@ -86,7 +92,7 @@ def test_when_the_engine_is_killed_clients_and_health_are_told(tmp_path: Path) -
         refused = server.http.post("/v1/completions", json={"prompt": "x"})
         assert (refused.status_code, refused.json()["error"]["type"]) == (503, "engine_dead")
         assert server.metric("mm_engine_up") == 0
-        assert server.process.wait(10) == 1
+        assert server.process.wait(60) == 1
         assert server.leftovers() == []
         assert "Traceback" not in server.output
 

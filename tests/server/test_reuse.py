@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from mm_engine.cli.main import app
 from mm_engine.engine.status import EngineStats
 from mm_engine.inputs.processed_items import ProcessedItems
+from mm_engine.server import log, run
 from mm_engine.server.service import bound_salt
+from mm_engine.server.settings import ServerSettings
 from mm_engine.server.status_line import StatusLine
 from pictures import data_url, encode, quarters
 from serving import KEY, ServerProcess, wait_until
@@ -140,19 +145,39 @@ def test_with_a_key_caches_still_serve(strict: ServerProcess) -> None:
     assert KEY not in strict.output
 
 
-def test_load_is_told_every_few_seconds_unless_switched_off(tmp_path: Any) -> None:
-    for flags, told in (((), True), (("--disable-log-stats",), False)):
-        folder = tmp_path / str(told)
-        folder.mkdir()
-        with ServerProcess(folder, "--kv-cache-memory", "32MiB", *flags) as server:
-            for _ in range(2):
-                ask(server, "What is it?")
-            if told:
-                wait_until(lambda: "running 0, waiting 0" in server.output, "the line", 15)
-                (line,) = [row for row in server.output.splitlines() if "running 0" in row]
-                assert "hits: prefix " in line and "tokens/s" in line and "KV cache 0%" in line
-            else:
-                assert "running" not in server.output
+@pytest.mark.parametrize("told", [True, False])
+def test_load_is_told_again_and_again_unless_switched_off(tmp_path: Path, told: bool) -> None:
+    parts = ("running 0, waiting 0", "hits: prefix ", "tokens/s", "KV cache 0%")
+    settings = {"status_interval": 0.05, "log_stats": told}
+    with ServerProcess(tmp_path, settings=settings) as server:
+
+        def line_after_an_answer() -> bool:
+            ask(server, "What is it?")
+            lines = server.output.splitlines()
+            return any(all(part in line for part in parts) for line in lines)
+
+        if told:
+            wait_until(line_after_an_answer, "a line on the load")
+        else:
+            assert not any(line_after_an_answer() for _ in range(100))
+            assert "running" not in server.output
+
+
+@pytest.mark.parametrize("flags", [(), ("--disable-log-stats",)])
+def test_the_flag_switches_the_lines_off(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    asked: list[ServerSettings] = []
+
+    def run_server(config: object, settings: ServerSettings, ready: object) -> int:
+        asked.append(settings)
+        return 0
+
+    monkeypatch.setattr(run, "serve", run_server)
+    monkeypatch.setattr(log, "configure_logging", lambda level: None)
+    done = CliRunner().invoke(app, ["serve", *flags])
+    assert done.exit_code == 0, done.output
+    assert [settings.log_stats for settings in asked] == [not flags]
 
 
 def stats(**values: int) -> EngineStats:

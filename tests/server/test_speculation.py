@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from serving import ServerProcess, wait_until
+from serving import FLAGS, ServerProcess, wait_until
 
 CONFIG = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 1}'
 TEXT = "circle, square, circle, square, circle, square"
@@ -24,9 +24,8 @@ CHAT: dict[str, Any] = {**ASK, "messages": [{"role": "user", "content": TEXT}], 
 @pytest.fixture(scope="module")
 def drafting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The server of the other tests, with drafts."""
-    flags = ("--dtype", "float32", "--kv-cache-memory", "64MiB", "--served-model-name", "demo")
     folder = tmp_path_factory.mktemp("drafting")
-    with ServerProcess(folder, *flags, "--speculative-config", CONFIG) as started:
+    with ServerProcess(folder, *FLAGS, "--speculative-config", CONFIG) as started:
         yield started
 
 
@@ -87,7 +86,7 @@ def test_counts_are_told(drafting: ServerProcess, guessing: OpenAI) -> None:
     assert 0 < accepted <= drafted
     assert drafting.metric("mm_engine_steps_total") - steps == 40 - accepted
     assert drafting.metric(gaps) - num_gaps == 39, "one for each token after the first"
-    wait_until(lambda: "drafts accepted " in drafting.output, "the line on the load", 25)
+    wait_until(lambda: "drafts accepted " in drafting.output, "the line on the load", 60)
 
 
 def test_without_the_flag_nothing_is_drafted(server: ServerProcess, client: OpenAI) -> None:

@@ -47,7 +47,7 @@ def test_engine_that_is_only_busy_is_left_alone(llava: Path, tmp_path: Path) -> 
     plugin = tmp_path / "slow.py"
     plugin.write_text(edited(("        # forward\n", "        time.sleep(0.3)\n")))
     (tmp_path / "server").mkdir()
-    flags = (str(llava), "--plugin", str(plugin), "--step-timeout", "1.5")
+    flags = (str(llava), "--plugin", str(plugin), "--step-timeout", "3")
     with ServerProcess(tmp_path / "server", *flags, "--kv-cache-memory", "16MiB") as server:
         start = time.monotonic()
         body = {"prompt": "a", "max_tokens": 16, "ignore_eos": True}
