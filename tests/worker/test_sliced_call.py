@@ -16,23 +16,44 @@ from torch import Tensor, nn
 from checkpoints import IMAGE_SIZE, make_llava
 from mm_engine import LLM, SamplingParams
 from mm_engine.config import EngineConfig
+from mm_engine.engine.pace import Pace
 from mm_engine.errors import PluginError
 from mm_engine.request import PromptInputs, Request
 from mm_engine.sequence import EncodeSlice, ScheduledBatch, ScheduledSequence
+from mm_engine.worker import sliced_call
 from mm_engine.worker.loader import open_model
 from mm_engine.worker.model_runner import ModelRunner
 from mm_engine.worker.sliced_call import SlicedCall
-from parity import picture
+from parity import Case, Oracle, picture
 from sequences import make_item, make_sequence
 
-PIECE = 0.02  # seconds
+PIECE = 1.0  # seconds of the clock
+PAUSE = 0.1  # real seconds in which what must rest could go on
+
+
+class Clock:
+    """Goes on only where a `Slow` computes: never more than one thread does."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+CLOCK = Clock()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sliced_call, "time", CLOCK)
 
 
 class Slow(nn.Module):
     """Takes a while."""
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(PIECE)
+        CLOCK.now += PIECE
         return x + 1
 
 
@@ -55,31 +76,40 @@ class Applied(SlicedCall):
         super().__init__(lambda: self.results.append(apply(modules).item()), modules)
 
 
-def test_each_slice_takes_about_the_time_that_it_is_given() -> None:
-    modules = stack(20)
-    call = Applied(modules)
-    num_slices = 0
+@pytest.mark.parametrize(
+    ("num_pieces", "ends"),
+    [
+        (4.0, [4, 8, 12, 16, 20, 20]),
+        (3.6, [4, 8, 12, 16, 20, 20]),
+        (3.4, [3, 6, 9, 12, 15, 18, 20]),
+    ],
+)
+@pytest.mark.usefixtures("clock")
+def test_each_slice_ends_where_its_time_is_nearest(num_pieces: float, ends: list[int]) -> None:
+    modules, start = stack(20), CLOCK.now
+    call, passed = Applied(modules), []
     while not call.ended:
-        call.run(4 * PIECE)
-        num_slices += 1
-    assert 5 <= num_slices <= 8, "four pieces or so in each"
+        call.run(num_pieces * PIECE)
+        passed.append((CLOCK.now - start) / PIECE)
+    assert passed == ends  # the last may have just what comes behind the last place to rest
     assert call.results == [20]
 
 
+@pytest.mark.usefixtures("clock")
 def test_between_slices_nothing_runs() -> None:
     modules, done = stack(10), []
     for module in modules:
         module.register_forward_hook(lambda *_: done.append(1))
     call = Applied(modules)
-    time.sleep(3 * PIECE)
+    time.sleep(PAUSE)
     assert not done, "it doesn't begin by itself"
     call.run(2 * PIECE)
-    num_done = len(done)
-    assert 1 <= num_done < 10
-    time.sleep(4 * PIECE)
-    assert len(done) == num_done
+    assert len(done) == 2
+    time.sleep(PAUSE)
+    assert len(done) == 2
 
 
+@pytest.mark.usefixtures("clock")
 def test_the_last_slice_has_no_end() -> None:
     modules = stack(10)
     call = Applied(modules)
@@ -91,6 +121,7 @@ def test_the_last_slice_has_no_end() -> None:
     assert call.results == [10]
 
 
+@pytest.mark.usefixtures("clock")
 def test_what_the_call_raises_is_kept_and_the_thread_ends() -> None:
     modules = stack(3)
 
@@ -98,15 +129,12 @@ def test_what_the_call_raises_is_kept_and_the_thread_ends() -> None:
         apply(modules)
         raise SystemExit("a plugin's wish")
 
-    before = threading.active_count()
     call = SlicedCall(fail, modules)
     while not call.ended:
         call.run(PIECE)
     assert isinstance(call.error, SystemExit)
-    deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    call._thread.join(30)
+    assert not call._thread.is_alive()
     assert all(not module._forward_hooks for module in modules), "the places to rest are gone"
 
 
@@ -145,6 +173,7 @@ def test_a_call_that_is_cancelled_unwinds_where_it_rests(num_slices: int) -> Non
     assert not call._thread.is_alive()
 
 
+@pytest.mark.usefixtures("clock")
 def test_others_may_use_the_modules_meanwhile() -> None:
     modules = stack(6)
     call = Applied(modules)
@@ -299,18 +328,22 @@ def test_the_failure_of_an_image_that_nobody_needs_any_more_is_forgotten(
 def test_answers_are_the_same_beside_decodes_that_keep_their_pace(checkpoint: Path) -> None:
     """Chunks as the pace allows, images in slices: each answer is what it is alone."""
     options = {"dtype": "float32", "block_size": 4, "progress": False, "max_num_seqs": 8}
-    paced = LLM(str(checkpoint), max_decode_slowdown=1.2, **options)
-    free = LLM(str(checkpoint), **options)
+    paced, free = LLM(str(checkpoint), **options), LLM(str(checkpoint), **options)
+    # So short that each slice is one leaf: which steps there are is no matter of the machine.
+    paced.engine.scheduler.pace = Pace([(1, 1e-9), (64, 64e-9)], 1.2)
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     long = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
     texts = [f"USER: Say {i}. ASSISTANT:" for i in range(2)]
-    pictures = [f"USER: Look at {i}: <image>\nWhat is it? ASSISTANT:" for i in range(3)]
+    looks = [f"USER: Look at {i}: <image>\nWhat is it? ASSISTANT:" for i in range(3)]
+    cases = [Case(text) for text in texts]
+    cases += [Case(text, (picture(i),)) for i, text in enumerate(looks)]
 
     def requests(llm: LLM) -> list[Request]:
         made = []
-        for prompt, sampling in [(text, long) for text in texts] + [(p, params) for p in pictures]:
-            data = {"image": (picture(len(made)),)} if "<image>" in prompt else {}
-            prepared = llm.pipeline.prepare(PromptInputs(prompt, multi_modal_data=data))
+        for case in cases:
+            data = {"image": case.images} if case.images else {}
+            prepared = llm.pipeline.prepare(PromptInputs(case.prompt, multi_modal_data=data))
+            sampling = params if case.images else long
             made.append(llm.pipeline.request(prepared, sampling, str(len(made))))
         return made
 
@@ -339,12 +372,13 @@ def test_answers_are_the_same_beside_decodes_that_keep_their_pace(checkpoint: Pa
     while paced.engine.has_work:
         step(paced, answers)
     assert slices, "the others have not ended before the first image is whole"
-    for request in requests(free):
+    oracle = Oracle(checkpoint)
+    for case, request in zip(cases, requests(free), strict=True):
         alone: dict[str, list[int]] = {}
         free.engine.add(request)
         while free.engine.has_work:
             step(free, alone)
-        assert answers[request.request_id] == alone[request.request_id]
+        oracle.check(case, alone[request.request_id], answers[request.request_id])
 
 
 def test_sequences_made_by_hand_touch_no_image_while_it_is_encoded(runner: ModelRunner) -> None:
