@@ -5,8 +5,9 @@
 The real scheduler, KV cache and encoder cache; a step is `schedule` and the notes on its result.
 Each sequence has a prompt of 1,000 tokens, 576 of them an image. Requests are admitted one a step,
 each in the place of one that has ended; their cost is the median of what that step takes more than
-the one before it. Times are this thread's on the processor: what else the machine does
-is left out, but for the caches and cores that it shares.
+the one before it, in which nobody comes or goes: to hash the prompt's blocks, to look them up, to
+plan the first chunk, and to take back the blocks of the one that has ended. Times are this thread's
+on the processor: what else the machine does is left out, but for the caches and cores that it shares.
 """
 
 from __future__ import annotations
@@ -106,11 +107,13 @@ class Load:
         """Microseconds to admit one request, each into the place of one that has ended."""
         costs = []
         for _ in range(num):
-            # In front, where the next is taken from: the rest of the queue stays as it is.
-            sequence = self.new(image)
-            self.add_in_front(sequence)
+            # First, or a part would be counted here: a step also hashes the blocks of the first
+            # that waits where it finds no seat for it.
             plain = self.step()
+            sequence = self.new(image)
             self.scheduler.finish(self.scheduler.running[0])
+            # In front, where the next is taken from: the rest of the queue stays as it is.
+            self.add_in_front(sequence)
             with_admission = self.step()
             assert sequence in self.scheduler.running
             assert (sequence.num_cached_tokens or 0) > NUM_IMAGE_TOKENS or image is None
@@ -151,8 +154,8 @@ def table(all_figures: list[Figures], num_running: int) -> Table:
     return shown
 
 
-def plot(all_figures: list[Figures], title: str, path: Path) -> None:
-    """Draw cost against the length of the queue. matplotlib comes with mm-engine[bench]."""
+def draw(all_figures: list[Figures], title: str) -> Any:
+    """Cost against the length of the queue, drawn. matplotlib comes with mm-engine[bench]."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.4), layout="constrained")
@@ -170,11 +173,13 @@ def plot(all_figures: list[Figures], title: str, path: Path) -> None:
     right.set_title("an admitted request, on top", fontsize=9)
     for axis in (left, right):
         axis.set_xscale("symlog", linthresh=10)
-        axis.set_ylim(bottom=0)
+        axis.set_xlim(-1, 1.5 * max(10, *queues))  # by itself it would begin far below 0
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(0, low), 1.1 * max(0, high))  # from 0, and nothing hidden
         axis.set_xlabel("sequences waiting", fontsize=8)
         axis.set_ylabel("microseconds", fontsize=8)
         axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=90)
+    return figure
 
 
 def main() -> None:
@@ -200,7 +205,8 @@ def main() -> None:
         args.json.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
     if args.plot:
         commit_ = str(record["commit"] or "unknown")[:7]
-        plot(figures, f"{args.running} running · {record['machine']} · {commit_}", args.plot)
+        drawn = draw(figures, f"{args.running} running · {record['machine']} · {commit_}")
+        drawn.savefig(args.plot, dpi=90)
 
 
 if __name__ == "__main__":
