@@ -6,8 +6,9 @@ The real scheduler, KV cache and encoder cache; a step is `schedule` and the not
 Each sequence has a prompt of 1,000 tokens, 576 of them an image. Requests are admitted one a step,
 each in the place of one that has ended; their cost is the median of what that step takes more than
 the one before it, in which nobody comes or goes: to hash the prompt's blocks, to look them up, to
-plan the first chunk, and to take back the blocks of the one that has ended. Times are this thread's
-on the processor: what else the machine does is left out, but for the caches and cores that it shares.
+plan the first chunk, and to take back the blocks of the one that has ended. Times are this
+thread's on the processor: what else the machine does is left out, but for the caches and cores that
+it shares.
 """
 
 from __future__ import annotations

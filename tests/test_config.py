@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mm_engine import LLM
 from mm_engine.config import EngineConfig
 from mm_engine.errors import StartupError
 
@@ -69,3 +70,15 @@ def test_an_option_out_of_range_is_named(options: dict[str, Any]) -> None:
 def test_options_at_the_edge_are_taken(options: dict[str, Any]) -> None:
     config = EngineConfig(model="m", **options)
     assert all(getattr(config, name) == value for name, value in options.items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt_lookup_max": 3}, {"prompt_lookup_min": 1}, {"num_speculative_tokens": 5}],
+    ids=str,
+)
+def test_speculation_is_said_in_one_place(options: dict[str, Any]) -> None:
+    """Neither way wins silently over the other."""
+    config = {"method": "ngram", "num_speculative_tokens": 5}
+    with pytest.raises(StartupError, match=f"speculative_config and {next(iter(options))}. Put"):
+        LLM("nothing is loaded", speculative_config=config, **options)

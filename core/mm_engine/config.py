@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,13 +97,17 @@ class EngineConfig:
             _check(ok, f"limit_mm_per_prompt of {modality}", limit, "an integer of at least 0")
 
 
-def speculation_options(speculative_config: object) -> dict[str, Any]:
+def speculation_options(
+    speculative_config: object, *, beside: Iterable[str] = ()
+) -> dict[str, Any]:
     """Fields of `EngineConfig` for a `speculative_config` in vLLM's shape.
 
-    As in vLLM, one of `prompt_lookup_max` and `prompt_lookup_min` alone stands for both.
+    As in vLLM, one of `prompt_lookup_max` and `prompt_lookup_min` alone stands for both. `beside`
+    names the fields that are given by themselves.
 
     Raises:
-        StartupError: a key or a method that isn't known, or one that is missing.
+        StartupError: a key or a method that isn't known, or one that is missing; no tokens to
+            guess; a field of speculation that is given by itself as well.
     """
     keys = ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
     if not isinstance(speculative_config, Mapping):
@@ -123,6 +127,17 @@ def speculation_options(speculative_config: object) -> dict[str, Any]:
         raise StartupError(
             "speculative_config has no num_speculative_tokens. Say how many a step may guess."
         )
+    if type(number) is not int or number < 1:
+        raise StartupError(
+            f"speculative_config's num_speculative_tokens is out of range: {number!r}. Give a "
+            "positive integer; to guess none, leave speculative_config out."
+        )
+    for name in beside:
+        if name in keys:
+            raise StartupError(
+                f"two places say how to speculate: speculative_config and {name}. "
+                "Put all of it into speculative_config."
+            )
     given = {key: speculative_config[key] for key in keys[2:] if key in speculative_config}
     if len(given) == 1:
         given = dict.fromkeys(keys[2:], *given.values())

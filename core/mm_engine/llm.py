@@ -54,7 +54,7 @@ class LLM:
         **options: Any,
     ) -> None:
         if speculative_config is not None:
-            options |= speculation_options(speculative_config)
+            options |= speculation_options(speculative_config, beside=options)
         self.config = EngineConfig(model=str(model or default_model()), **options)
         opened = open_model(self.config)
         self.pipeline = InputPipeline(opened, chat_template=chat_template)

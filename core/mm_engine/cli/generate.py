@@ -70,19 +70,16 @@ def generate(
         typer.echo(remark, err=True)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     limits = {"image": len(pictures)} if len(pictures) > 1 else {"image": 1}
-    config = EngineConfig(
-        model=name,
+    fields = options.engine_options(
         dtype=dtype,
         device=device,
         max_model_len=max_model_len,
-        kv_cache_memory=options.parse_size(kv_cache_memory, "--kv-cache-memory")
-        if kv_cache_memory
-        else None,
+        kv_cache_memory=kv_cache_memory,
         seed=seed,
         load_format=load_format,
-        limit_mm_per_prompt=limits,
-        plugins=tuple(plugin or ()),
+        plugin=plugin,
     )
+    config = EngineConfig(model=name, **fields, limit_mm_per_prompt=limits)
     parts = [{"type": "image", "image": picture} for picture in pictures]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwinds: no process is left

@@ -65,14 +65,42 @@ Seed = Annotated[
         help="For requests that bring no seed, and for dummy weights.", rich_help_panel=MODEL_PANEL
     ),
 ]
-MaxDecodeSlowdown = Annotated[
-    float,
+MaxNumSeqs = Annotated[
+    int, typer.Option(min=1, help="Sequences in one step.", rich_help_panel=MEMORY_PANEL)
+]
+MaxNumBatchedTokens = Annotated[
+    int,
     typer.Option(
-        min=1.0,
-        help="How many times as long prompts and images may make a step that answers others, "
-        "above 1. Lower: answers flow more evenly; higher: new ones begin sooner; inf: no limit.",
+        min=1,
+        help="Tokens in one step, prompts and answers together.",
         rich_help_panel=MEMORY_PANEL,
     ),
+]
+BlockSize = Annotated[
+    int,
+    typer.Option(min=1, help="Tokens in one block of the KV cache.", rich_help_panel=MEMORY_PANEL),
+]
+
+
+def check_slowdown(value: float | None) -> float | None:
+    """The value of `--max-decode-slowdown`, or None where it isn't given.
+
+    Raises:
+        typer.BadParameter: it isn't above 1; the message names the flag.
+    """
+    if value is not None and not value > 1:  # nan isn't
+        raise typer.BadParameter(f"{value:g} isn't above 1. inf is no limit.")
+    return value
+
+
+SLOWDOWN_HELP = (
+    "Longest a step may take while answers stream, as a multiple of the same step without new "
+    "prompts and images. 1.25: even streams, slow first tokens; 3: the reverse; inf: no limit. "
+    "Must be above 1."
+)
+MaxDecodeSlowdown = Annotated[
+    float,
+    typer.Option(callback=check_slowdown, help=SLOWDOWN_HELP, rich_help_panel=MEMORY_PANEL),
 ]
 KVCacheMemory = Annotated[
     str | None,
@@ -82,14 +110,49 @@ KVCacheMemory = Annotated[
         rich_help_panel=MEMORY_PANEL,
     ),
 ]
-
+EnablePrefixCaching = Annotated[
+    bool,
+    typer.Option(
+        help="Keep what was computed of prompts for others that begin alike.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+EncoderCacheMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="For features of images, kept for prompts that bring the same ones. "
+        "Default: 128MiB, or what a step needs.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+MMProcessorCacheMemory = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="For images as the image processor made them, in each of the two processes; "
+        "0 keeps none.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+MemoryUtilization = Annotated[
+    float,
+    typer.Option(
+        "--memory-utilization",
+        "--gpu-memory-utilization",
+        min=0.01,
+        max=1.0,
+        help="Share of the device's memory to use.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
 SpeculativeConfig = Annotated[
     str | None,
     typer.Option(
         metavar="JSON",
         help="Guess an answer's next tokens where it quotes what came before: "
         '{"method": "ngram", "num_speculative_tokens": 5}; also prompt_lookup_max (4) and '
-        "prompt_lookup_min (2). Changes no answer.",
+        "prompt_lookup_min (2). Changes no answer, up to rounding.",
         rich_help_panel=MEMORY_PANEL,
     ),
 ]
@@ -101,6 +164,27 @@ _UNITS = {
     "g": 10**9, "gb": 10**9, "gib": 2**30,
     "t": 10**12, "tb": 10**12, "tib": 2**40,
 }  # fmt: skip
+
+
+_SIZES = {"kv_cache_memory": 1, "encoder_cache_memory": 1, "mm_processor_cache_memory": 0}  # least
+
+
+def engine_options(**flags: Any) -> dict[str, Any]:
+    """Fields of `EngineConfig` from the values of flags by their names.
+
+    Sizes, `speculative_config` and `plugin` are read; the others are taken as they are. A size that
+    is None stays None.
+
+    Raises:
+        StartupError: one can't be read.
+    """
+    fields = dict(flags)
+    for name in _SIZES.keys() & fields.keys():
+        if fields[name] is not None:
+            flag = f"--{name.replace('_', '-')}"
+            fields[name] = parse_size(fields[name], flag, least=_SIZES[name])
+    fields["plugins"] = tuple(fields.pop("plugin", None) or ())
+    return fields | parse_speculation(fields.pop("speculative_config", None))
 
 
 def parse_size(text: str, flag: str, *, least: int = 1) -> int:

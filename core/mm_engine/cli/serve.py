@@ -115,65 +115,16 @@ def serve(
         ),
     ] = 300.0,
     seed: options.Seed = 0,
-    max_num_seqs: Annotated[
-        int,
-        typer.Option(min=1, help="Sequences in one step.", rich_help_panel=options.MEMORY_PANEL),
-    ] = 64,
-    max_num_batched_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Tokens in one step, prompts and answers together.",
-            rich_help_panel=options.MEMORY_PANEL,
-        ),
-    ] = 2048,
-    block_size: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Tokens in one block of the KV cache.",
-            rich_help_panel=options.MEMORY_PANEL,
-        ),
-    ] = 16,
+    max_num_seqs: options.MaxNumSeqs = 64,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = 2048,
+    block_size: options.BlockSize = 16,
     max_decode_slowdown: options.MaxDecodeSlowdown = SERVED_DECODE_SLOWDOWN,
     kv_cache_memory: options.KVCacheMemory = None,
-    enable_prefix_caching: Annotated[
-        bool,
-        typer.Option(
-            help="Keep what was computed of prompts for others that begin alike.",
-            rich_help_panel=options.MEMORY_PANEL,
-        ),
-    ] = True,
-    encoder_cache_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="For features of images, kept for prompts that bring the same ones. "
-            "Default: 128MiB, or what a step needs.",
-            rich_help_panel=options.MEMORY_PANEL,
-        ),
-    ] = None,
-    mm_processor_cache_memory: Annotated[
-        str,
-        typer.Option(
-            metavar="SIZE",
-            help="For images as the image processor made them, in each of the two processes; "
-            "0 keeps none.",
-            rich_help_panel=options.MEMORY_PANEL,
-        ),
-    ] = "256MiB",
+    enable_prefix_caching: options.EnablePrefixCaching = True,
+    encoder_cache_memory: options.EncoderCacheMemory = None,
+    mm_processor_cache_memory: options.MMProcessorCacheMemory = "256MiB",
     speculative_config: options.SpeculativeConfig = None,
-    memory_utilization: Annotated[
-        float,
-        typer.Option(
-            "--memory-utilization",
-            "--gpu-memory-utilization",
-            min=0.01,
-            max=1.0,
-            help="Share of the device's memory to use.",
-            rich_help_panel=options.MEMORY_PANEL,
-        ),
-    ] = 0.9,
+    memory_utilization: options.MemoryUtilization = 0.9,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does.
 
@@ -188,31 +139,28 @@ def serve(
 
     configure_logging(log_level)
     name, _ = choose_model(model)  # the banner names the other demos
-    config = EngineConfig(
-        model=name,
+    fields = options.engine_options(
         dtype=dtype,
         device=device,
         max_model_len=max_model_len,
+        load_format=load_format,
+        plugin=plugin,
+        seed=seed,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        max_decode_slowdown=max_decode_slowdown,
         block_size=block_size,
-        kv_cache_memory=options.parse_size(kv_cache_memory, "--kv-cache-memory")
-        if kv_cache_memory
-        else None,
+        max_decode_slowdown=max_decode_slowdown,
+        kv_cache_memory=kv_cache_memory,
         enable_prefix_caching=enable_prefix_caching,
-        encoder_cache_memory=options.parse_size(encoder_cache_memory, "--encoder-cache-memory")
-        if encoder_cache_memory
-        else None,
-        mm_processor_cache_memory=options.parse_size(
-            mm_processor_cache_memory, "--mm-processor-cache-memory", least=0
-        ),
-        **options.parse_speculation(speculative_config),
+        encoder_cache_memory=encoder_cache_memory,
+        mm_processor_cache_memory=mm_processor_cache_memory,
+        speculative_config=speculative_config,
         memory_utilization=memory_utilization,
-        seed=seed,
-        load_format=load_format,
+    )
+    config = EngineConfig(
+        model=name,
+        **fields,
         limit_mm_per_prompt=options.parse_limits(limit_mm_per_prompt),
-        plugins=tuple(plugin or ()),
         hook_timeout=hook_timeout,
         step_timeout=step_timeout,
     )

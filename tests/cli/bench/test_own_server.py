@@ -37,6 +37,7 @@ def test_a_server_is_started_measured_drawn_and_ended(
     written = json.loads(record.read_text())
     assert written["figures"]["answered"] == 9
     assert written["arguments"]["model"] == "llava-demo"
+    assert written["arguments"]["max_decode_slowdown"] == 1.75  # what was measured, not None
     assert picture.read_bytes().startswith(PNG)
     assert own_servers() == []
 

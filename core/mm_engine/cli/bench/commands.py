@@ -74,6 +74,7 @@ def latency(
     from mm_engine.cli.bench.summary import summarize
 
     results.check()
+    engine = engine.of_llm()
     shape = workload.shape()
     percentiles = read_percentiles(metric_percentiles)
     if batch_size > engine.max_num_seqs:
@@ -132,6 +133,7 @@ def throughput(
     from mm_engine.cli.bench import offline, plot, record, report
 
     results.check()
+    engine = engine.of_llm()
     shape = workload.shape()
     llm = _open_llm(engine, shape)
     run = offline.measure_throughput(
@@ -193,6 +195,8 @@ def serve(
     percentiles = read_percentiles(metric_percentiles)
     metrics = read_metrics(percentile_metrics)
     load.check(shape, engine.given())
+    if not load.base_url:  # of a server that runs already nothing is known
+        engine = engine.of_server()
     online.allow_connections(min(load.num_prompts, load.max_concurrency or load.num_prompts))
     with report.progress_bar("Starting the server", load.num_prompts) as bar:
         run, facts = _run_load(load, shape, engine, bar)
@@ -225,6 +229,7 @@ def startup(
     from mm_engine.cli.bench.startup import measure_startup
 
     results.check()
+    engine = engine.of_server()
     with _stopped_by_signals(), report.progress_bar("Starting", num_iters) as bar:
         starts = measure_startup(engine.name(), engine.options(), num_iters, bar.tick)
     figures = record.startup_figures(starts)

@@ -10,7 +10,7 @@ import typer
 
 from mm_engine.cli import options
 from mm_engine.cli.model_choice import choose_model
-from mm_engine.config import DEFAULT_LIMITS
+from mm_engine.config import DEFAULT_LIMITS, SERVED_DECODE_SLOWDOWN
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,65 +32,38 @@ class EngineFlags:
     max_model_len: options.MaxModelLen = None
     load_format: options.LoadFormat = "auto"
     plugin: options.Plugins = None
-    max_num_seqs: Annotated[
-        int,
-        typer.Option(min=1, help="Sequences in one step.", rich_help_panel=options.MEMORY_PANEL),
-    ] = 64
-    max_num_batched_tokens: Annotated[
-        int,
+    max_num_seqs: options.MaxNumSeqs = 64
+    max_num_batched_tokens: options.MaxNumBatchedTokens = 2048
+    block_size: options.BlockSize = 16
+    max_decode_slowdown: Annotated[
+        float | None,
         typer.Option(
-            min=1,
-            help="Tokens in one step, prompts and answers together.",
-            rich_help_panel=options.MEMORY_PANEL,
-        ),
-    ] = 2048
-    block_size: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Tokens in one block of the KV cache.",
-            rich_help_panel=options.MEMORY_PANEL,
-        ),
-    ] = 16
-    max_decode_slowdown: options.MaxDecodeSlowdown = math.inf
-    kv_cache_memory: options.KVCacheMemory = None
-    enable_prefix_caching: Annotated[
-        bool,
-        typer.Option(
-            help="Keep what was computed of prompts for others that begin alike.",
-            rich_help_panel=options.MEMORY_PANEL,
-        ),
-    ] = True
-    encoder_cache_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="For features of images, kept for prompts that bring the same ones. "
-            "Default: 128MiB, or what a step needs.",
+            callback=options.check_slowdown,
+            help=f"{options.SLOWDOWN_HELP} Default: {SERVED_DECODE_SLOWDOWN:g} for serve and "
+            "startup, as engine serve has it; inf for latency and throughput, as LLM.",
+            show_default=False,
             rich_help_panel=options.MEMORY_PANEL,
         ),
     ] = None
-    mm_processor_cache_memory: Annotated[
-        str,
-        typer.Option(
-            metavar="SIZE",
-            help="For images as the image processor made them, in each of the two processes; "
-            "0 keeps none.",
-            rich_help_panel=options.MEMORY_PANEL,
-        ),
-    ] = "256MiB"
+    kv_cache_memory: options.KVCacheMemory = None
+    enable_prefix_caching: options.EnablePrefixCaching = True
+    encoder_cache_memory: options.EncoderCacheMemory = None
+    mm_processor_cache_memory: options.MMProcessorCacheMemory = "256MiB"
     speculative_config: options.SpeculativeConfig = None
-    memory_utilization: Annotated[
-        float,
-        typer.Option(
-            "--memory-utilization",
-            "--gpu-memory-utilization",
-            min=0.01,
-            max=1.0,
-            help="Share of the device's memory to use.",
-            rich_help_panel=options.MEMORY_PANEL,
-        ),
-    ] = 0.9
+    memory_utilization: options.MemoryUtilization = 0.9
+
+    def of_server(self) -> EngineFlags:
+        """These, and what isn't given as `engine serve` has it."""
+        return self._with_slowdown(SERVED_DECODE_SLOWDOWN)
+
+    def of_llm(self) -> EngineFlags:
+        """These, and what isn't given as `LLM` has it."""
+        return self._with_slowdown(math.inf)
+
+    def _with_slowdown(self, default: float) -> EngineFlags:
+        given = self.max_decode_slowdown
+        slowdown = default if given is None else given
+        return dataclasses.replace(self, max_decode_slowdown=slowdown)
 
     def name(self) -> str:
         """The model to run: the one named, or the demo.
@@ -103,28 +76,21 @@ class EngineFlags:
     def options(self, *, num_images: int = 0) -> dict[str, Any]:
         """Keywords of `LLM` and `EngineConfig`, without the model; `num_images` fit a prompt.
 
+        For flags from `of_server` or `of_llm`.
+
         Raises:
-            StartupError: a size of memory is none.
+            StartupError: a flag can't be read.
         """
+        assert self.max_decode_slowdown is not None
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["model"]
-        values["plugins"] = tuple(values.pop("plugin") or ())
-        for name in ("kv_cache_memory", "encoder_cache_memory", "mm_processor_cache_memory"):
-            if values[name] is not None:
-                flag, least = _flag(name), 0 if name.startswith("mm_") else 1
-                values[name] = options.parse_size(values[name], flag, least=least)
-        values.update(options.parse_speculation(values.pop("speculative_config")))
         limit = max(num_images, DEFAULT_LIMITS["image"])
-        return {**values, "limit_mm_per_prompt": {"image": limit}}
+        return {**options.engine_options(**values), "limit_mm_per_prompt": {"image": limit}}
 
     def given(self) -> list[str]:
         """The flags that differ from their defaults, apart from --model."""
         return [
-            _flag(field.name)
+            f"--{field.name.replace('_', '-')}"
             for field in dataclasses.fields(self)
             if field.name != "model" and getattr(self, field.name) != field.default
         ]
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
