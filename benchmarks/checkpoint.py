@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,29 +18,43 @@ from transformers import (
 
 VOCAB_SIZE = 32064
 IMAGE_TOKEN = 32000
+VISION_SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "projection_dim": 768,
+}
+TEXT_SIZES = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
 
 
-def make_checkpoint(path: Path) -> Path:
-    """Write the checkpoint to `path` (1.4 GB, bfloat16) unless it is there already."""
+def make_checkpoint(
+    path: Path,
+    *,
+    vision: Mapping[str, int] = VISION_SIZES,
+    text: Mapping[str, int] = TEXT_SIZES,
+) -> Path:
+    """Write the checkpoint to `path` (1.4 GB, bfloat16) unless one is there already.
+
+    Other sizes of its layers make a smaller one of the same tokens: 576 for an image.
+    """
     if (path / "model.safetensors").is_file():
         return path
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
+            **vision,
             image_size=336,
             patch_size=14,
-            projection_dim=768,
         ),
         text_config=LlamaConfig(
+            **text,
             vocab_size=VOCAB_SIZE,
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
             max_position_embeddings=4096,
             bos_token_id=1,
             eos_token_id=2,

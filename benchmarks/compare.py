@@ -1,6 +1,6 @@
 """This engine beside transformers' `generate`: one checkpoint, one process, turn by turn.
 
-    python benchmarks/compare.py [--json out.json]
+    python benchmarks/compare.py [--dtype float32] [--json out.json]
 
 Each figure is the median of several rounds in which the two take turns, so that what else the
 machine does falls on both alike. Ratios are the result; the absolute figures name the machine.
@@ -9,7 +9,6 @@ machine does falls on both alike. Ratios are the result; the absolute figures na
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -24,13 +23,14 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from checkpoint import make_checkpoint
+from checkpoint import IMAGE_TOKEN, make_checkpoint
 from mm_engine import LLM, SamplingParams
-from mm_engine.cli.bench.machine import provenance
+from record import begin, write
 from table import comparison
 
 IMAGE_TEXT, SHORT_TEXT = 41, 32  # text tokens beside the image
 NUM_DECODED = 24
+DTYPES = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class Row:
 class Ours:
     """This engine, offline."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dtype: str) -> None:
         self.llm = LLM(
             str(path),
-            dtype="bfloat16",
+            dtype=dtype,
             max_num_seqs=32,
             kv_cache_memory=1 << 30,
             enable_prefix_caching=False,  # every round asks the same; the peer computes it anew
@@ -81,9 +81,10 @@ class Ours:
 class Theirs:
     """transformers' `generate` on a static batch."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.dtype = getattr(torch, dtype)
         self.model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(
-            path, dtype=torch.bfloat16
+            path, dtype=self.dtype
         ).eval()
         self.processor = transformers.AutoImageProcessor.from_pretrained(path)
         self.image_token = self.model.config.image_token_id
@@ -99,7 +100,7 @@ class Theirs:
         if images:
             pixels["pixel_values"] = self.processor(images[:count], return_tensors="pt")[
                 "pixel_values"
-            ].to(torch.bfloat16)
+            ].to(self.dtype)
         with torch.inference_mode():
             out = self.model.generate(
                 input_ids=batch,
@@ -136,8 +137,8 @@ def decode_rate(engine: Ours | Theirs, ids: list[int], count: int) -> float:
     return count * (NUM_DECODED - 1) / (engine.seconds(ids, [], count, NUM_DECODED) - first)
 
 
-def run(path: Path, rounds: int) -> list[Row]:
-    """All figures."""
+def run(path: Path, rounds: int, dtype: str) -> list[Row]:
+    """All figures, of weights, features and cache in `dtype`."""
     rng = np.random.default_rng(0)
 
     def fresh(count: int) -> list[Image.Image]:
@@ -145,9 +146,9 @@ def run(path: Path, rounds: int) -> list[Row]:
         pixels = rng.integers(0, 256, (count, 336, 336, 3), dtype=np.uint8)
         return [Image.fromarray(picture) for picture in pixels]
 
-    image_ids = [1, 32000, *text_ids(IMAGE_TEXT)[1:]]
-    short_ids = [1, 32000, *text_ids(SHORT_TEXT)[1:]]
-    ours, theirs = Ours(path), Theirs(path)
+    image_ids = [1, IMAGE_TOKEN, *text_ids(IMAGE_TEXT)[1:]]
+    short_ids = [1, IMAGE_TOKEN, *text_ids(SHORT_TEXT)[1:]]
+    ours, theirs = Ours(path, dtype), Theirs(path, dtype)
     rows: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("Measuring", total=5 * (rounds + 1))
@@ -187,12 +188,15 @@ def main() -> None:
     """Measure, print a Markdown table, write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=Path(".cache/benchmark-0.5b"))
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    rows = run(make_checkpoint(args.checkpoint), args.rounds)
+    head = begin("compare", args.json)
+    rows = run(make_checkpoint(args.checkpoint), args.rounds, args.dtype)
     record = {
-        **provenance(),
+        **head,
+        "dtype": args.dtype,
         "rounds": args.rounds,
         "rows": [
             {
@@ -203,8 +207,7 @@ def main() -> None:
         ],
     }
     print(comparison(record))
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write(record, args.json)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from checkpoint import make_checkpoint
+from checkpoint import IMAGE_TOKEN, make_checkpoint
 from mm_engine import LLM, SamplingParams
-from mm_engine.cli.bench.machine import provenance
+from record import begin, write
 
 NUM_TEXT = 40  # tokens of a question
 FIRST_TOKEN = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
@@ -30,7 +30,7 @@ def seconds_of(llm: LLM, picture: Image.Image, seed: int) -> tuple[float, int]:
     """Time to the first token of a question about `picture`, and tokens that were found."""
     question = np.random.default_rng(seed).integers(10, 210, NUM_TEXT).tolist()
     prompt: Any = {
-        "prompt_token_ids": [1, 32000, *question],
+        "prompt_token_ids": [1, IMAGE_TOKEN, *question],
         "multi_modal_data": {"image": picture},
     }
     start = time.perf_counter()
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
+    head = begin("reuse", args.json)
     llm = LLM(str(make_checkpoint(args.checkpoint)), dtype=args.dtype, kv_cache_memory=1 << 29)
     rng = np.random.default_rng(0)
     first, second, found = [], [], []
@@ -61,8 +62,7 @@ def main() -> None:
             found.append(num_found)
     figures = [statistics.median(values) for values in (first, second)]
     record = {
-        "benchmark": "reuse",
-        **provenance(),
+        **head,
         "dtype": args.dtype,
         "rounds": args.rounds,
         "first_question_seconds": figures[0],
@@ -71,8 +71,7 @@ def main() -> None:
         "cached_tokens": statistics.median(found),
     }
     print(json.dumps(record, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+    write(record, args.json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -26,13 +25,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mm_engine.cli.bench.machine import provenance
 from mm_engine.engine.encoder_cache import EncoderCache
 from mm_engine.engine.kv_cache import KVCache
 from mm_engine.engine.scheduler import Scheduler
 from mm_engine.request import Item, PlaceholderRange, Request
 from mm_engine.sampling_params import SamplingParams
 from mm_engine.sequence import ScheduledBatch, Sequence
+from record import begin, write
 
 NUM_TOKENS, NUM_IMAGE_TOKENS, TEXT_BEFORE = 1000, 576, 24
 BLOCK_SIZE = 16
@@ -192,18 +191,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw the figures into this file (PNG)")
     args = parser.parse_args()
+    head = begin("scheduler", args.json)
     console = Console(stderr=True)
     queues = track(args.queues, "Measuring", console=console, transient=True)
     figures = [measure(args.running, queue, args.steps) for queue in queues]
     record: dict[str, Any] = {
-        "benchmark": "scheduler",
-        **provenance(),
+        **head,
         "arguments": {"running": args.running, "steps": args.steps},
         "figures_microseconds": [asdict(f) for f in figures],
     }
     Console().print(table(figures, args.running))
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write(record, args.json)
     if args.plot:
         commit_ = str(record["commit"] or "unknown")[:7]
         drawn = draw(figures, f"{args.running} running · {record['machine']} · {commit_}")

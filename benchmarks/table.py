@@ -28,6 +28,7 @@ def comparison(record: Mapping[str, Any]) -> str:
     versions = record.get("versions", {})  # older records name them with the machine
     parts = [record["machine"]]
     parts += [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
+    parts += [record["dtype"]] if "dtype" in record else []
     commit = str(record["commit"] or "unknown")[:7]
     lines += ["", f"{', '.join(parts)}; medians of {record['rounds']} rounds, commit {commit}, "]
     lines[-1] += f"{record['date'][:10]}."
