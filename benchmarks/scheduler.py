@@ -107,8 +107,8 @@ class Load:
         """Microseconds to admit one request, each into the place of one that has ended."""
         costs = []
         for _ in range(num):
-            # First, or a part would be counted here: a step also hashes the blocks of the first
-            # that waits where it finds no seat for it.
+            # First, or a part would be counted here: a step looks up, and so hashes, the blocks of
+            # the first that waits also where it finds no seat for it.
             plain = self.step()
             sequence = self.new(image)
             self.scheduler.finish(self.scheduler.running[0])

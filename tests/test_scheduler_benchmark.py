@@ -51,9 +51,10 @@ def test_a_small_run_makes_a_table_a_record_and_a_plot(tmp_path: Path) -> None:
 def test_an_admission_is_measured_whole(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of the prompt are hashed in the step that admits it, and in none it's compared with.
+    """Blocks of the prompt are looked up in the step that admits it, not in that before it.
 
-    That is most of the cost, so a clock that counts hashed sequences tells where it was put.
+    They are hashed for that, which costs most where they are found. So a clock that counts the
+    sequences that were looked up tells where the cost was put.
     """
     load = script.Load(4, 40)
     for _ in range(3):
