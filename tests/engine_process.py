@@ -27,8 +27,9 @@ async def collect(client: EngineClient, request: Request) -> RequestOutput:
     return total
 
 
-async def until(condition: Callable[[], Coroutine[Any, Any, bool]], seconds: float) -> None:
-    async with asyncio.timeout(seconds):
+async def until(condition: Callable[[], Coroutine[Any, Any, bool]]) -> None:
+    """Poll; half a minute is long for what takes an instant."""
+    async with asyncio.timeout(30.0):
         while not await condition():
             await asyncio.sleep(0.02)
 

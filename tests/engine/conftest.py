@@ -6,9 +6,10 @@ what was written to each slot of the cache, and holds every step to what the eng
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine_process import CONFIG
 from mm_engine.config import EngineConfig
+from mm_engine.engine.client import EngineClient
 from mm_engine.engine.engine import Engine
 from mm_engine.engine.pace import Pace
 from mm_engine.inputs.pipeline import InputPipeline
@@ -298,15 +300,24 @@ def new_engine(tokenizer: PreTrainedTokenizerFast) -> Callable[..., tuple[Engine
 
 @pytest.fixture(scope="session")
 def run_all() -> Callable[..., dict[str, RequestOutput]]:
-    """`run_all(engine)`: step until nothing is left; the sums of the outputs by request id."""
+    """`run_all(engine)`: step until nothing is left; the sums of the outputs by request id.
 
-    def run(engine: Engine, max_steps: int = 5000) -> dict[str, RequestOutput]:
-        sums: dict[str, RequestOutput] = {}
-        while engine.has_work:
+    Given `sums` of earlier steps are added to. With `num_steps` it stops after so many.
+    """
+
+    def run(
+        engine: Engine,
+        sums: dict[str, RequestOutput] | None = None,
+        *,
+        num_steps: int | None = None,
+        max_steps: int = 5000,
+    ) -> dict[str, RequestOutput]:
+        sums, num_done = {} if sums is None else sums, 0
+        while engine.has_work and num_done != num_steps:
             for output in engine.step():
                 sums.setdefault(output.request_id, RequestOutput(output.request_id)).extend(output)
-            max_steps -= 1
-            assert max_steps > 0, "no end in sight"
+            num_done += 1
+            assert num_done < max_steps, "no end in sight"
         return sums
 
     return run
@@ -349,6 +360,29 @@ def check_blocks() -> Callable[[Engine, CheckingRunner, dict[bytes, list[bytes]]
 def pipeline() -> InputPipeline:
     """The inputs of the bundled demo checkpoint."""
     return InputPipeline(open_model(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.Runner]:
+    """Runs what a test awaits of an engine process."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def start_client(
+    loop: asyncio.Runner, pipeline: InputPipeline
+) -> Iterator[Callable[[EngineConfig], EngineClient]]:
+    """`start_client(config)`: an engine process, closed with the module's last test."""
+    clients: list[EngineClient] = []
+
+    def start(config: EngineConfig) -> EngineClient:
+        clients.append(loop.run(EngineClient.start(config, pipeline.dummy_request())))
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        loop.run(client.close())
 
 
 @pytest.fixture(scope="session")

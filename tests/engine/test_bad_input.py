@@ -61,30 +61,17 @@ def answers(expected) -> Callable[..., None]:
     return check
 
 
-def steps(engine: Engine, num: int, sums: dict[str, RequestOutput]) -> None:
-    for _ in range(num):
-        for output in engine.step():
-            sums.setdefault(output.request_id, RequestOutput(output.request_id)).extend(output)
-
-
-def finish(engine: Engine, sums: dict[str, RequestOutput], max_steps: int = 300) -> None:
-    while engine.has_work:
-        steps(engine, 1, sums)
-        max_steps -= 1
-        assert max_steps, "somebody waits for ever"
-
-
 @pytest.mark.parametrize("kind", ["pool", "features", "id"])
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 5])
 def test_what_can_never_run_is_refused_and_leaves_no_trace(
-    new_engine, new_request, neighbours, answers, kind: str, num_steps: int
+    new_engine, new_request, run_all, neighbours, answers, kind: str, num_steps: int
 ) -> None:
     """A request over the whole pool, an image over the whole encoder cache, an id in use."""
     engine, runner = new_engine(num_blocks=24, max_rows=12, max_num_batched_tokens=5)
     sums: dict[str, RequestOutput] = {}
     for request in neighbours:
         engine.add(request)
-    steps(engine, num_steps, sums)
+    run_all(engine, sums, num_steps=num_steps)
     bad, message = {
         "pool": (
             new_request("B", [3, "a", 4], lengths=LENGTHS, max_tokens=84),
@@ -100,7 +87,7 @@ def test_what_can_never_run_is_refused_and_leaves_no_trace(
     with pytest.raises(RequestError, match=message):
         engine.add(bad)
     assert before == (engine.stats(), engine.kv_cache._block_of_key, len(engine._answers))
-    finish(engine, sums)
+    run_all(engine, sums)
     answers(sums, neighbours, runner)
     assert sums.keys() == {"N", "M"}
     assert_reused(engine)
@@ -111,7 +98,7 @@ def test_what_can_never_run_is_refused_and_leaves_no_trace(
 @pytest.mark.parametrize("aborted", ["first", "second"])
 @pytest.mark.parametrize("in_step", range(1, 9))
 def test_an_abort_while_a_step_runs_spoils_nothing_that_is_shared(
-    new_engine, new_request, neighbours, answers, aborted: str, in_step: int
+    new_engine, new_request, run_all, neighbours, answers, aborted: str, in_step: int
 ) -> None:
     """In one of the steps it is in the middle of the image that both have, in another it has
     computed a block that the other waits for, in others they decode behind the same blocks."""
@@ -121,17 +108,17 @@ def test_an_abort_while_a_step_runs_spoils_nothing_that_is_shared(
     for request in order:
         engine.add(request)
     sums: dict[str, RequestOutput] = {}
-    steps(engine, in_step - 1, sums)
+    run_all(engine, sums, num_steps=in_step - 1)
     runner.after_run = lambda: engine.abort("X")
-    steps(engine, 1, sums)
+    run_all(engine, sums, num_steps=1)
     runner.after_run = lambda: None
     assert {output.finish_reason for output in sums["X"].outputs} == {"abort"}
-    steps(engine, 1, sums)
+    run_all(engine, sums, num_steps=1)
     assert all(seq.request is not gone for seq in engine.scheduler.running)
     assert all(seq.request is not gone for seq in engine.encoder_cache._pinned_by)
     in_use = {block for seq in engine.scheduler.running for block in seq.block_table}
     assert engine.stats().num_used_blocks == len(in_use)
-    finish(engine, sums)
+    run_all(engine, sums)
     answers(sums, neighbours, runner)
     assert_reused(engine)
     assert_nothing_left(engine, runner)
@@ -139,7 +126,7 @@ def test_an_abort_while_a_step_runs_spoils_nothing_that_is_shared(
 
 @pytest.mark.parametrize("notify", [True, False])
 def test_features_that_fail_in_the_step_of_an_abort_are_made_again(
-    new_engine, new_request, neighbours, answers, notify: bool
+    new_engine, new_request, run_all, neighbours, answers, notify: bool
 ) -> None:
     """The one to blame has left when the step's result comes; the image is not there."""
     engine, runner = new_engine()
@@ -148,16 +135,16 @@ def test_features_that_fail_in_the_step_of_an_abort_are_made_again(
         engine.add(request)
     runner.after_run = lambda: engine.abort("X", notify=notify)
     sums: dict[str, RequestOutput] = {}
-    steps(engine, 1, sums)
+    run_all(engine, sums, num_steps=1)
     runner.after_run = lambda: None
     assert ("X" in sums) == notify
     if notify:
         assert sums["X"].error is None and sums["X"].outputs[0].finish_reason == "abort"
-    finish(engine, sums)
+    run_all(engine, sums)
     runner.bad_items.clear()
     again = new_request("Y", [3, "b", 5], lengths=LENGTHS)
     engine.add(again)
-    finish(engine, sums)
+    run_all(engine, sums)
     answers(sums, [*neighbours, again], runner)
     assert runner.encoded == ["a", "b"]
     assert_reused(engine)
@@ -182,7 +169,7 @@ def nan_at(runner, request_id: str, num_computed: int) -> None:
 
 @pytest.mark.parametrize("num_computed", [4, 8, 12, 16, 20])
 def test_blocks_in_whose_step_nan_came_are_never_found(
-    new_engine, new_request, neighbours, answers, num_computed: int
+    new_engine, new_request, run_all, neighbours, answers, num_computed: int
 ) -> None:
     """NaN comes with the token that makes a block full: in the prompt, and in decode."""
     engine, runner = new_engine(max_num_batched_tokens=4, num_blocks=40)
@@ -191,7 +178,7 @@ def test_blocks_in_whose_step_nan_came_are_never_found(
     nan_at(runner, "X", num_computed)
     sums: dict[str, RequestOutput] = {}
     engine.add(sick)
-    finish(engine, sums)
+    run_all(engine, sums)
     assert sums["X"].finished and sums["X"].error == NAN
     kept = engine.stats().num_kept_blocks
     assert kept == (num_computed - 1) // 4, "what was whole before, and nothing of that step"
@@ -199,7 +186,7 @@ def test_blocks_in_whose_step_nan_came_are_never_found(
     again = new_request("Y", [3, "a", 5], lengths=LENGTHS, max_tokens=12, ignore_eos=True)
     for request in (again, *neighbours):
         engine.add(request)
-    finish(engine, sums)
+    run_all(engine, sums)
     assert sums["Y"].num_cached_tokens == min(kept, 3) * 4  # 14 tokens of prompt
     answers(sums, [again, *neighbours], runner)
     assert_reused(engine)
@@ -207,18 +194,18 @@ def test_blocks_in_whose_step_nan_came_are_never_found(
 
 
 def test_nan_beside_one_that_shares_its_blocks_is_one_error(
-    new_engine, new_request, neighbours, answers
+    new_engine, new_request, run_all, neighbours, answers
 ) -> None:
     engine, runner = new_engine(num_blocks=24)
     sick = new_request("X", [3, "a", 8], lengths=LENGTHS, max_tokens=9, ignore_eos=True)
     sums: dict[str, RequestOutput] = {}
     for request in (neighbours[0], sick, neighbours[1]):
         engine.add(request)
-    steps(engine, 3, sums)
+    run_all(engine, sums, num_steps=3)
     shared = set.intersection(*(set(seq.block_table) for seq in engine.scheduler.running))
     assert len(engine.scheduler.running) == 3 and len(shared) >= 2
     nan_at(runner, "X", 0)
-    finish(engine, sums)
+    run_all(engine, sums)
     assert sums["X"].error == NAN
     answers(sums, neighbours, runner)
     assert_reused(engine)
@@ -248,7 +235,7 @@ class Watched:
 
 
 def test_features_that_are_all_pinned_are_waited_for_not_for_ever(
-    new_engine, new_request, answers
+    new_engine, new_request, run_all, answers
 ) -> None:
     """Two images fill the encoder cache, five sequences want one each. With 12 tokens a step the
     second is left in the middle of its image, and keeps that pinned; the third pins its own, and
@@ -266,8 +253,8 @@ def test_features_that_are_all_pinned_are_waited_for_not_for_ever(
         engine.add(request)
     while not watched.num_steps_without_rows:
         assert engine.has_work, "the cache was never full of pinned features"
-        steps(engine, 1, sums)
-    finish(engine, sums, max_steps=40)  # nobody waits until another's answer is through
+        run_all(engine, sums, num_steps=1)
+    run_all(engine, sums, max_steps=40)  # nobody waits until another's answer is through
     answers(sums, requests, runner)
     assert all(output.finished for output in sums.values()) and len(sums) == len(requests)
     assert runner.num_cut_items > 0
@@ -275,7 +262,7 @@ def test_features_that_are_all_pinned_are_waited_for_not_for_ever(
 
 
 def test_who_leaves_in_the_middle_of_an_image_lets_others_in(
-    new_engine, new_request, answers
+    new_engine, new_request, run_all, answers
 ) -> None:
     """The encoder cache holds one image: that of a sequence which is aborted inside it."""
     engine, runner = new_engine(max_rows=6, max_num_batched_tokens=4)
@@ -283,17 +270,17 @@ def test_who_leaves_in_the_middle_of_an_image_lets_others_in(
     sums: dict[str, RequestOutput] = {}
     for request in requests:
         engine.add(request)
-    steps(engine, 1, sums)
+    run_all(engine, sums, num_steps=1)
     assert engine.encoder_cache._num_pins == {"a": 1}
     engine.abort("a")
-    finish(engine, sums, max_steps=20)
+    run_all(engine, sums, max_steps=20)
     answers(sums, requests[1:], runner)
     assert_nothing_left(engine, runner)
 
 
 @pytest.mark.parametrize("abort", [False, True])
 def test_blocks_that_are_all_in_use_are_waited_for_not_for_ever(
-    new_engine, new_request, answers, abort: bool
+    new_engine, new_request, run_all, answers, abort: bool
 ) -> None:
     """What runs shares its beginning and holds the whole pool, so nothing that is kept can be
     evicted; those who wait want the same beginning, or another."""
@@ -308,10 +295,10 @@ def test_blocks_that_are_all_in_use_are_waited_for_not_for_ever(
         engine.add(request)
     while not watched.num_steps_without_blocks:
         assert engine.has_work, "the pool was never full of blocks in use"
-        steps(engine, 1, sums)
+        run_all(engine, sums, num_steps=1)
     if abort:
         engine.abort("0")
-    finish(engine, sums)
+    run_all(engine, sums)
     answers(sums, requests[abort:], runner)
     assert all(output.finished for output in sums.values()) and len(sums) == len(requests)
     assert_reused(engine)

@@ -6,34 +6,26 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from engine_process import CONFIG, collect, idle, until
+from mm_engine.config import EngineConfig
 from mm_engine.engine.build import build_engine
 from mm_engine.engine.client import EngineClient
 from mm_engine.errors import PluginError, RequestError
-from mm_engine.inputs.pipeline import InputPipeline
 from mm_engine.outputs import RequestOutput
 from mm_engine.sampling_params import SamplingParams
 from mm_engine.worker.loader import open_model
 
 
 @pytest.fixture(scope="module")
-def loop() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
-def shared(loop: asyncio.Runner, pipeline: InputPipeline) -> Iterator[EngineClient]:
+def shared(start_client: Callable[[EngineConfig], EngineClient]) -> EngineClient:
     """One engine process for the tests that leave it alive."""
-    client = loop.run(EngineClient.start(CONFIG, pipeline.dummy_request()))
-    yield client
-    loop.run(client.close())
+    return start_client(CONFIG)
 
 
 def test_answers_equal_those_of_the_engine_in_process(loop, shared, pipeline, ask) -> None:
@@ -84,7 +76,7 @@ def test_callers_that_come_and_go_leave_nothing(loop, shared, ask) -> None:
 
     async def run() -> list[RequestOutput | None]:
         answers = await asyncio.gather(*(stay(number) for number in range(len(requests))))
-        await until(lambda: idle(shared), 1.0)
+        await until(lambda: idle(shared))
         return answers
 
     answers = loop.run(run())
@@ -112,7 +104,7 @@ def test_leaving_early_aborts_the_request(loop, shared, ask, how: str) -> None:
             assert not await idle(shared)
             task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await until(lambda: idle(shared), 1.0)
+        await until(lambda: idle(shared))
 
     loop.run(run())
 
@@ -156,7 +148,7 @@ def test_an_image_the_model_cannot_take_fails_its_request_only(loop, shared, ask
     error, answer = loop.run(run())
     assert isinstance(error, PluginError)
     assert len(answer.outputs[0].token_ids) == 20
-    loop.run(until(lambda: idle(shared), 1.0))
+    loop.run(until(lambda: idle(shared)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

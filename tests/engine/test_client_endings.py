@@ -39,7 +39,7 @@ def test_when_the_process_is_killed_everybody_is_told(folder, pipeline, ask) -> 
         with pytest.raises(EngineDead, match="killed by SIGKILL"):
             async for _ in first:
                 pass
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 30
         await asyncio.gather(stats, return_exceptions=True)
         assert not client.alive
         with pytest.raises(EngineDead):
@@ -126,8 +126,10 @@ def test_giving_up_while_it_starts_leaves_nothing(folder, pipeline) -> None:
     async def run() -> int:
         before = set(children())
         task = asyncio.create_task(EngineClient.start(CONFIG, pipeline.dummy_request()))
-        await asyncio.sleep(0.3)
-        (pid,) = set(children()) - before
+        async with asyncio.timeout(30):
+            while not (started := set(children()) - before):
+                await asyncio.sleep(0.05)
+        (pid,) = started
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -178,7 +180,7 @@ def test_the_process_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     )
     assert done.returncode == -signal.SIGKILL
     pid = int(done.stdout)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while exists(pid) or list(sockets.glob("mm-engine-*")):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from mm_engine.engine.pace import Pace
@@ -68,7 +68,7 @@ sizes = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(st.lists(arrivals, min_size=1, max_size=8), sizes, st.sampled_from([1, 2, 20]))
 def test_every_request_ends_as_it_would_alone(
     new_engine, new_request, expected, check_blocks, arrived: list[Arrival], sizes: Sizes, vocab

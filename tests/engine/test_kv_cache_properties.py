@@ -173,7 +173,5 @@ class Pool(RuleBasedStateMachine):
         assert len(set(pasts)) == len(pasts), "one block for each past"
 
 
-Pool.TestCase.settings = settings(
-    max_examples=NUM_EXAMPLES, stateful_step_count=NUM_STEPS, deadline=None
-)
+Pool.TestCase.settings = settings(max_examples=NUM_EXAMPLES, stateful_step_count=NUM_STEPS)
 TestPool = Pool.TestCase

@@ -8,7 +8,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 
@@ -253,7 +253,7 @@ edits = st.lists(
 
 
 @pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: repr(seed[:4]))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(changes=edits)
 def test_mutated_pictures_decode_or_are_refused(seed: bytes, changes: list[Edit]) -> None:
     for position, insert, num_removed in changes:
@@ -262,7 +262,7 @@ def test_mutated_pictures_decode_or_are_refused(seed: bytes, changes: list[Edit]
     _decodes_or_is_refused(seed)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tail=st.binary(max_size=200), start=st.sampled_from([seed[:16] for seed in SEEDS] + [b""]))
 def test_random_bytes_decode_or_are_refused(tail: bytes, start: bytes) -> None:
     _decodes_or_is_refused(start + tail)

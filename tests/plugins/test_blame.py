@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -241,7 +241,6 @@ def test_place_of_a_callable_without_source_is_its_name() -> None:
     assert place_of(Image.open).startswith("PIL/Image.py:")
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.integers(4, 9), max_size=6),
     st.lists(st.lists(st.just(IMAGE), min_size=1, max_size=4), max_size=4),

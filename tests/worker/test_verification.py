@@ -73,7 +73,7 @@ def told(token: SampledToken) -> tuple[Any, ...]:
     return token.token_id, token.rank, logprob, top
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(params, min_size=1, max_size=4), st.randoms(use_true_random=False))
 def test_tokens_and_logprobs_are_those_of_a_step_for_each(
     options: list[dict[str, Any]], rng: random.Random
