@@ -12,7 +12,7 @@ from mm_engine.errors import MMEngineError
 from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.plugins.plugin import Plugin
 from mm_engine.request import Item
-from mm_engine.worker.sliced_call import Cancelled, SlicedCall
+from mm_engine.worker.sliced_call import SlicedCall
 
 
 class Encoder:
@@ -139,8 +139,6 @@ class Encoder:
                 features = self.plugin.observed(
                     method, embed, lambda: self._finished(embed(**tensors))
                 )
-        except Cancelled:
-            raise
         except BaseException as error:  # SystemExit too: a plugin doesn't end the engine
             if may_be_the_users(error):
                 raise
