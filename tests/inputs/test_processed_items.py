@@ -20,6 +20,7 @@ from mm_engine.inputs.processed_items import ProcessedItems, Tensors
 from mm_engine.request import PromptInputs
 from mm_engine.worker.loader import open_model
 from parity import picture
+from serving import wait_until
 
 
 def tensors(size: int = 1, value: float = 0.0) -> Tensors:
@@ -83,15 +84,14 @@ def test_an_item_that_arrives_while_it_is_mapped_is_waited_for() -> None:
     def make() -> Tensors:
         made.append(1)
         started.set()
-        assert go.wait(10)
+        assert go.wait(60)
         return tensors(1, 3.0)
 
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(items.get, "a", make)
-        assert started.wait(10)
+        assert started.wait(60)
         others = [pool.submit(items.get, "a", make) for _ in range(3)]
-        while items.num_hits < 3:
-            pass
+        wait_until(lambda: items.num_hits == 3, "the others to wait for it")
         go.set()
         answers = [future.result()["x"] for future in (first, *others)]
     assert made == [1]
@@ -104,15 +104,14 @@ def test_failure_is_everybodys_and_is_not_kept() -> None:
 
     def fail() -> Tensors:
         started.set()
-        assert go.wait(10)
+        assert go.wait(60)
         raise PluginError("broken")
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(items.get, "a", fail)
-        assert started.wait(10)
+        assert started.wait(60)
         second = pool.submit(items.get, "a", fail)
-        while items.num_hits < 1:
-            pass
+        wait_until(lambda: items.num_hits == 1, "the other to wait for it")
         go.set()
         for future in (first, second):
             with pytest.raises(PluginError, match="broken"):

@@ -85,7 +85,7 @@ def test_image_that_would_become_enormous_is_refused_before_it_does(
     start = time.monotonic()
     with pytest.raises(RequestError, match="too elongated .*: [0-9]+x[0-9]+ pixels"):
         plugin.map_item(ctx, "image", image)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 30  # enormous ones take minutes, and all the memory
     assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
     tracemalloc.stop()
 

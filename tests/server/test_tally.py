@@ -69,8 +69,9 @@ def news(clock: Clock) -> Callable[..., News]:
         index: int = 0,
         reason: str | None = None,
         times: RequestTimes | None = None,
+        num_tokens: int = 1,
     ) -> News:
-        completion = CompletionOutput(index, "x", [5], finish_reason=reason)
+        completion = CompletionOutput(index, "x", [5] * num_tokens, finish_reason=reason)
         output = RequestOutput("r", [completion], reason is not None, times=times)
         return News(prompt, output, clock.now)
 
@@ -115,6 +116,43 @@ def test_a_single_token_has_no_time_to_the_next(metrics, tally, news) -> None:
     tally(7).add(news(0, reason="stop"))
     assert summed(metrics, "request_time_per_output_token_seconds") == (0, 0)
     assert summed(metrics, "request_decode_time_seconds") == (1, 0)
+
+
+@pytest.mark.parametrize("num_first", [1, 3])
+def test_tokens_of_one_step_come_at_once(metrics, clock, tally, news, num_first: int) -> None:
+    """With drafts, or where several tokens make one character: nobody waits between them."""
+    counting = tally(7)
+    clock.now += 1
+    counting.add(news(0, num_tokens=num_first))
+    for pause, num_tokens, reason in ((2, 4, None), (4, 1, None), (8, 2, "length")):
+        clock.now += pause
+        counting.add(news(0, reason=reason, num_tokens=num_tokens))
+    num_tokens = num_first + 7
+    assert counting.usage.completion_tokens == num_tokens
+    assert summed(metrics, "time_to_first_token_seconds") == (1, 1)
+    assert summed(metrics, "inter_token_latency_seconds") == (num_tokens - 1, 14)
+    zeros = metrics.registry.get_sample_value(
+        "mm_engine_inter_token_latency_seconds_bucket", {"le": "0.005"}
+    )
+    assert zeros == num_tokens - 1 - 3, "three steps were waited for"
+    assert summed(metrics, "request_decode_time_seconds") == (1, 14)
+    assert summed(metrics, "request_time_per_output_token_seconds") == (
+        1,
+        14 / (num_tokens - 1),
+    )
+    assert summed(metrics, "request_generation_tokens") == (1, num_tokens)
+
+
+def test_an_output_without_tokens_is_no_token(metrics, clock, tally, news) -> None:
+    """What is held back of the text may come when the tokens are told already."""
+    counting = tally(7)
+    clock.now += 1
+    counting.add(news(0))
+    clock.now += 2
+    counting.add(news(0, reason="stop", num_tokens=0))
+    assert summed(metrics, "inter_token_latency_seconds") == (0, 0)
+    assert summed(metrics, "request_decode_time_seconds") == (1, 0)
+    assert summed(metrics, "request_generation_tokens") == (1, 1)
 
 
 @pytest.mark.parametrize("reason", ["abort", "error"])

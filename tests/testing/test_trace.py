@@ -19,7 +19,7 @@ from mm_engine.worker.loader import open_model
 from pictures import quarters
 
 QUESTION = "What is in the picture?"
-SLOW = 0.2  # seconds
+SLOW = 1.0  # seconds; the other hooks take next to nothing
 
 PLUGIN = """
 import time
@@ -150,7 +150,7 @@ def test_seconds_are_those_of_the_hook(llava: Path, tmp_path: Path) -> None:
     assert slow.again_seconds is not None and SLOW <= slow.again_seconds < most
     assert slow.place.startswith("mm_engine_file_traced.py:") or "traced.py:" in slow.place
     assert "placeholder_text" in others
-    assert others["max_tokens"].first_seconds < SLOW
+    assert others["max_tokens"].first_seconds < slow.first_seconds
 
 
 def test_long_prompt_takes_several_steps_to_its_first_token(llava: Path) -> None:
