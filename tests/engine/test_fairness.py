@@ -236,9 +236,9 @@ def test_what_cannot_slice_encodes_images_whole_and_prompts_keep_the_pace(simula
     runner = simulation.runner
     assert not any(step.encode_slice for step in runner.steps)
     assert [len(step.encode) for step in runner.steps if step.encode] == [1, 1, 1]
-    bound = 1.75 * runner.cost.seconds(8)
+    bound = 1.75 * step_seconds(8)
     beside = [s for s, n in zip(runner.steps, runner.num_decodes, strict=True) if n == 8]
-    assert all(runner.cost.seconds(step.num_tokens) <= bound for step in beside)
+    assert all(step_seconds(step.num_tokens) <= bound for step in beside)
 
 
 def test_a_draft_takes_no_more_time_than_the_decodes_spare(simulate) -> None:
@@ -249,7 +249,7 @@ def test_a_draft_takes_no_more_time_than_the_decodes_spare(simulate) -> None:
         simulation.run()
         runner = simulation.runner
         steps = [s for s, n in zip(runner.steps, runner.num_decodes, strict=True) if n == 8]
-        most[slowdown] = max(runner.cost.seconds(step.num_tokens) for step in steps)
+        most[slowdown] = max(step_seconds(step.num_tokens) for step in steps)
         assert any(share.draft_token_ids for step in steps for share in step.sequences)
     assert most[1.75] <= 1.75 * 0.029 + 1e-9
     assert most[None] > 5 * 0.029, "the positive control"
