@@ -175,7 +175,7 @@ def test_the_process_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(sockets)},
         stdout=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == -signal.SIGKILL
