@@ -95,6 +95,29 @@ def test_preemption_does_not_change_the_tokens(new_engine, new_request, run_all,
         assert sums[request.request_id].outputs[0].token_ids == expected(request, 0, runner.vocab)
 
 
+def test_who_was_preempted_in_a_plan_and_is_admitted_again_in_it_has_one_chunk(
+    new_engine, new_request, run_all, expected
+) -> None:
+    """Its turn comes after that of the one that preempted it, and then it runs already."""
+    engine, runner = new_engine(
+        num_blocks=12, vocab=1, max_rows=5, block_size=3, max_num_batched_tokens=4, max_num_seqs=3
+    )
+    lengths = {"a": 1, "b": 3, "c": 5}
+    requests = [
+        new_request("A", [1, "a", 1], lengths=lengths, max_tokens=1),
+        new_request("B", [1, 1, "a", 1], lengths=lengths, max_tokens=1),
+        new_request(
+            "C", [1, 7, "b", "b", "c"], lengths=lengths, max_tokens=4, n=3, ignore_eos=True
+        ),
+    ]
+    for request in requests:
+        engine.add(request)
+    sums = run_all(engine)
+    for request in requests:
+        for output in sums[request.request_id].outputs:
+            assert output.token_ids == expected(request, output.index, runner.vocab)
+
+
 def test_a_planned_decode_leaves_the_step_when_an_older_prompt_needs_its_blocks(
     new_engine, new_request, run_all
 ) -> None:

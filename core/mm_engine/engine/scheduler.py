@@ -211,7 +211,8 @@ class Scheduler:
             self.encoder_cache.finish_slices()
         for sequence in prefilling:
             self._admit_all(before=sequence.rank)
-            if sequence.status is SequenceStatus.RUNNING:  # else preempted a moment ago
+            # One that was preempted a moment ago waits, or has just been admitted again.
+            if sequence.status is SequenceStatus.RUNNING and sequence not in self._plan:
                 self._continue(sequence)
         self._admit_all(before=None)
         self._encode_slice(wanted=False)
