@@ -100,9 +100,8 @@ def test_failed_requests_are_counted_by_status_and_shown(load: Load) -> None:
     assert done.exit_code == 0
     assert figures["requests"] == 20 == len(figures["each"])
     assert figures["failed"] == figures["failures"]["429"]["count"] > 0
-    assert (
-        figures["answered"] == 20 - figures["failed"] >= 7
-    )  # one place may still be the warm-up's
+    # Eight, or seven while the warm-up's request still has its place.
+    assert figures["answered"] == 20 - figures["failed"] >= 7
     assert figures["e2e_latency_seconds"]["count"] == figures["answered"]
     assert sum(request["failure"] == "429" for request in figures["each"]) == figures["failed"]
     assert f"failed {figures['failed']} × 429: " in done.stdout
