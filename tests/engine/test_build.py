@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from checkpoints import make_llava
-from mm_engine import LLM
+from mm_engine import LLM, SamplingParams
 from mm_engine.config import EngineConfig
 from mm_engine.engine import build
 from mm_engine.engine.build import make_pace, num_cache_blocks, num_encoder_rows
@@ -143,8 +143,11 @@ def test_no_step_is_timed_that_is_longer_than_a_sequence_may_be(
     """The model has no positions behind its length; no step is too slow for this limit."""
     checkpoint = make_llava(tmp_path)
     llm = LLM(str(checkpoint), max_model_len=40, max_decode_slowdown=1e9, progress=False)
-    assert llm.engine.scheduler.pace is not None
+    pace = llm.engine.scheduler.pace
+    assert pace is not None
     assert "can't be timed" not in caplog.text
+    llm.generate("USER: Hello. ASSISTANT:", SamplingParams(max_tokens=5, ignore_eos=True))
+    assert len(pace._factors) == 6, "each step tells it how long it took"
 
 
 def test_without_a_limit_nothing_is_timed() -> None:

@@ -76,6 +76,7 @@ class Simulation:
         slowdown: float | None,
         num_images: int = 8,
         slices_images: bool = True,
+        pace: Pace | None = None,
         **options,
     ) -> None:
         self.runner = TimedRunner()
@@ -85,7 +86,8 @@ class Simulation:
             tokenizer,
             num_blocks=4096,
             max_encoder_rows=num_images * NUM_ROWS,
-            pace=None if slowdown is None else Pace(TIMES, slowdown),
+            pace=pace if slowdown is None else Pace(TIMES, slowdown),
+            clock=lambda: self.runner.now,
             slices_images=slices_images,
         )
         self.new_request = new_request
@@ -151,6 +153,18 @@ def test_arriving_images_at_most_double_what_eight_streams_wait_between_tokens(s
     assert p99[1.75, 3.0] <= 2 * alone
     assert p99[1.75, 6.0] <= 2 * alone
     assert p99[None, 3.0] > 30 * alone, "the positive control: without a bound they wait"
+
+
+@pytest.mark.parametrize("factor", [0.25, 4.0])
+def test_what_was_timed_beside_a_neighbour_is_corrected(simulate, factor: float) -> None:
+    wrong = Pace([(size, factor * seconds) for size, seconds in TIMES], 1.75)
+    simulation = simulate(None, pace=wrong)
+    simulation.streams(8, max_tokens=1500)
+    simulation.run(images_every=6.0)
+    runner = simulation.runner
+    assert simulation.p99_itl() <= 1.75 * step_seconds(8) + 1e-9
+    assert max(simulation.ttfts()) < 6, "nor do the prompts pile up"
+    assert any(step.encode_slice for step in runner.steps)
 
 
 @pytest.mark.parametrize("slowdown", [1.25, 1.75, 3.0])

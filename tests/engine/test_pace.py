@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_engine.engine.pace import Pace
+from mm_engine.engine.pace import NUM_OBSERVED, Pace
 
 TIMES = [(1, 1.0), (4, 1.0), (8, 3.0)]
 
@@ -29,6 +29,21 @@ def test_where_timing_ended_early_nothing_is_promised_beyond() -> None:
     assert pace.spare_seconds(64) == pace.spare_seconds(2) == 1.0
     assert pace.num_tokens_more(2, 1.0, 50) == 1
     assert Pace([(1, 2.0)], 1.5).num_tokens_more(1, 1.0, 50) == 0
+
+
+def test_times_follow_the_fastest_of_the_newest_steps() -> None:
+    pace = Pace(TIMES, 2.0)
+    pace.observe(4, 3.0)
+    assert pace.seconds(4) == 1.0, "one slow step says nothing"
+    pace.observe(8, 1.5)
+    assert [pace.seconds(size) for size in (1, 4, 8, 16)] == [0.5, 0.5, 1.5, 3.0]
+    assert pace.spare_seconds(4) == 0.5
+    assert pace.num_tokens_more(4, 0.5, 100) == 2, "tokens cost less, and less is spared"
+    for _ in range(NUM_OBSERVED):
+        pace.observe(1, 2.0)
+    assert pace.seconds(1) == 2.0, "the machine is slower now"
+    pace.observe(9, 0.1)
+    assert pace.seconds(1) == 2.0, "so many tokens were never timed"
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         max_encoder_rows=max_encoder_rows,
         pace=pace,
         slices_images=runner.slices_images,
+        clock=time.perf_counter,
         model=f"{ctx.checkpoint} · {opened.plugin.label} · {ctx.architecture} · {ctx.dtype}",
     )
     engine.info = EngineInfo(

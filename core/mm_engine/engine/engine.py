@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,8 @@ class Engine:
     `num_blocks` blocks of `config.block_size` tokens are the KV cache. `max_model_len` (tokens)
     and `max_encoder_rows` are the config's maximum and one step's tokens where not given.
     `model` names all that keys and values depend on besides a prompt: checkpoint, plugin, dtype.
-    `pace` bounds how long prompts may hold up decodes; without it nothing does.
+    `pace` bounds how long prompts may hold up decodes; without it nothing does. With a `clock` it
+    learns how long steps take.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class Engine:
         model: str = "",
         pace: Pace | None = None,
         slices_images: bool = True,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.runner = FaultBarrier(runner)
         self.tokenizer = tokenizer
+        self._clock = clock
         self.info: EngineInfo | None = None  # what was loaded; `build_engine` fills it in
         self.kv_cache = KVCache(
             num_blocks, config.block_size, reuses=config.enable_prefix_caching, model=model
@@ -92,7 +96,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Compute one step; returns what is new for each request that has news."""
         scheduled = self.scheduler.schedule()
-        sampled = self.runner.run(scheduled)
+        sampled = self._run(scheduled)
         return self.process(scheduled, sampled)
 
     @property
@@ -173,6 +177,18 @@ class Engine:
                 except Exception as error:  # a tokenizer may choke on what this model says
                     self._fail(share.sequence.request, explain(error))
         return self._take_news()
+
+    def _run(self, scheduled: ScheduledBatch) -> list[SampledToken]:
+        """Compute the step; the pace is told how long it took, if nothing was encoded in it."""
+        pace, clock = self.scheduler.pace, self._clock
+        encodes = scheduled.encode or scheduled.encode_slice is not None
+        if pace is None or clock is None or encodes or not scheduled.sequences:
+            return self.runner.run(scheduled)
+        start = clock()
+        sampled = self.runner.run(scheduled)
+        if all(token.error is None for token in sampled):  # what failed may have computed nothing
+            pace.observe(scheduled.num_tokens, clock() - start)
+        return sampled
 
     def stats(self) -> EngineStats:
         """Gauges of this moment and counters since the start."""

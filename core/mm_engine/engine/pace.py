@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence as Seq
 
 MIN_PROMPT_TOKENS = 8  # a step always takes so many: a prompt is never starved by decodes
+NUM_OBSERVED = 16  # steps by whose time all times are corrected
 
 
 class Pace:
@@ -16,6 +18,9 @@ class Pace:
     tokens: no token of a larger step costs more than one of the last, which had its share of
     reading the weights, too. That is all that is assumed of the machine: on a CPU some tokens more
     cost next to nothing, because a decode waits for the weights; on a GPU it is hundreds.
+
+    What was measured at startup, beside a busy neighbour maybe, is corrected by what `observe` is
+    told of later steps: all times are multiplied by the least factor that one of the newest took.
     """
 
     def __init__(self, times: Seq[tuple[int, float]], max_slowdown: float) -> None:
@@ -25,9 +30,20 @@ class Pace:
         # Noise only adds: where a larger step took less time, the smaller one was held up.
         for i in range(len(times) - 2, -1, -1):
             self._seconds[i] = min(self._seconds[i], self._seconds[i + 1])
+        self._factors = deque([1.0], maxlen=NUM_OBSERVED)
+        self._factor = 1.0
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """Note how long a step took that encoded nothing."""
+        if num_tokens <= self._sizes[-1]:  # behind it the times are guesses
+            self._factors.append(seconds / self._measured(num_tokens))
+            self._factor = min(self._factors)  # noise only adds
 
     def seconds(self, num_tokens: int) -> float:
         """How long a step of so many tokens takes."""
+        return self._factor * self._measured(num_tokens)
+
+    def _measured(self, num_tokens: int) -> float:
         sizes, seconds = self._sizes, self._seconds
         if num_tokens <= sizes[0]:
             return seconds[0]
