@@ -243,10 +243,17 @@ def test_the_model_is_never_asked_for_two_images_at_once(runner: ModelRunner) ->
 
 def test_an_image_that_is_evicted_half_encoded_is_given_up(runner: ModelRunner) -> None:
     runner.run(ScheduledBatch((), encode_slice=EncodeSlice(image("begun"), 0.0)))
-    thread = runner.encoder._sliced[1]._thread
-    runner.run(ScheduledBatch((), evict=("begun",)))
-    thread.join(30)
-    assert not thread.is_alive()
+    call = weakref.ref(runner.encoder._sliced[1])
+    thread = call()._thread
+    gc.disable()  # what unwound may not wait for it
+    try:
+        runner.run(ScheduledBatch((), evict=("begun",)))
+        thread.join(30)
+        assert not thread.is_alive()
+        del thread
+        assert call() is None
+    finally:
+        gc.enable()
     assert runner.slice_is_last
     assert not runner.encoder.features and not runner.encoder._failures
     runner.run(ScheduledBatch((), encode=(image("begun"),)))
@@ -296,6 +303,18 @@ def test_a_failure_that_is_kept_holds_no_tensors(runner: ModelRunner) -> None:
     assert runner.encoder._failures.keys() == {"bad"}
     gc.collect()
     assert alive() is None
+
+
+def test_an_exception_that_is_its_own_cause_holds_up_nobody(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**tensors: Tensor) -> list[Tensor]:
+        error = ValueError("around")
+        raise error from error
+
+    monkeypatch.setattr(runner.model, "embed_images", fail)
+    runner.run(ScheduledBatch((), encode_slice=EncodeSlice(image("x"), float("inf"))))
+    assert "ValueError" in str(runner.encoder.encode([image("x")])["x"])
 
 
 def test_a_failure_is_told_to_the_step_that_needs_the_image_and_only_once(

@@ -63,8 +63,9 @@ class Tally:
     def fail(self, error: Exception) -> None:
         """Count what hasn't ended as ended by this error; a second call does nothing.
 
-        A prompt that was refused before its first token never ran, and isn't counted: HTTP's
-        status tells of it. Its request's other prompts are given up on as if the client had left.
+        What was refused never ran, and isn't counted: HTTP's status tells of it. The error doesn't
+        say which prompt of its request it is about, so that goes for all that have no token yet;
+        the others are given up on as if the client had left.
         """
         if not isinstance(error, RequestError):
             self.close("error")

@@ -46,6 +46,7 @@ class Encoder:
         for key in keys:
             if self._sliced is not None and self._sliced[0] == key:
                 self._sliced[1].cancel()
+                _forget_frames(self._sliced[1].error)  # they refer to the call, as it to them
                 self._sliced = None
             self.features.pop(key, None)
             self._failures.pop(key, None)
@@ -204,13 +205,14 @@ class Encoder:
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """Let go of the tensors in an exception's frames: it may be kept for long.
+    """Let go of the tensors in the frames of an exception and of its causes: it may be kept long.
 
     The message of a `PluginError` says where in the plugin it was raised.
     """
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
+    while error is not None:  # an exception may be its own cause: no link is followed twice
+        cause = error.__cause__ or error.__context__
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        error = cause
 
 
 def batch(tensors: list[Tensor]) -> Tensor | list[Tensor]:

@@ -64,7 +64,8 @@ class SlicedCall:
     def cancel(self) -> None:
         """End the call where it rests: there it raises, and unwinds."""
         self._cancelled = True
-        self.run()
+        while not self.ended:  # it may just be about to rest once more
+            self.run()
 
     def _run(self) -> None:
         with self._changed:
