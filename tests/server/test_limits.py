@@ -163,6 +163,7 @@ def test_each_prompt_of_a_list_counts(strict: ServerProcess) -> None:
     with strict.client(KEY) as client:
         both = client.completions.create(model="first", prompt=["a", "b"], max_tokens=1)
         assert len(both.choices) == 2
+        wait_until(lambda: strict.is_idle, "their places given back")
         running = long(client)
         next(iter(running))
         with pytest.raises(RateLimitError):
