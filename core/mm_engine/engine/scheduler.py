@@ -282,23 +282,23 @@ class Scheduler:
     def _num_next_tokens(self, sequence: Sequence) -> int:
         """How many of its next tokens a sequence may compute in this step, blocks apart."""
         most = min(sequence.num_uncomputed_tokens, self._budget)
-        if self.pace is not None and self._spare < math.inf:
-            most = min(most, self._num_spared_tokens(self.pace))
-        return self.encoder_cache.cut(sequence, most) if most else 0
+        spared = self._num_spared_tokens(most)
+        if not self._has_prompt and self._slice is None:
+            spared = min(most, max(spared, MIN_PROMPT_TOKENS))
+        return self.encoder_cache.cut(sequence, spared) if spared else 0
 
-    def _num_spared_tokens(self, pace: Pace) -> int:
-        """Tokens of prompts that the step's decodes can still spare the time for."""
+    def _num_spared_tokens(self, most: int) -> int:
+        """How many tokens more, `most` at most, the step's decodes can spare the time for."""
+        if self.pace is None or self._spare == math.inf:
+            return most
         num_planned = self.max_num_batched_tokens - self._budget
-        num_tokens = pace.num_tokens_more(num_planned, self._spare, self._budget)
-        if self._has_prompt or self._slice is not None:
-            return num_tokens
-        return min(self._budget, max(num_tokens, MIN_PROMPT_TOKENS))
+        return self.pace.num_tokens_more(num_planned, self._spare, most)
 
     def _encode_slice(self, *, wanted: bool) -> None:
         """Give what time the decodes can spare to an image; with `wanted` only if one is lacked."""
         if self._spare == math.inf or self._spare < self._least_spare:
-            return  # never with an item unless `slice_items` was called
-        item = self.encoder_cache.next_slice(wanted=wanted)
+            return
+        item = self.encoder_cache.next_slice(wanted=wanted)  # none where items aren't sliced
         if item is not None:
             self._slice = EncodeSlice(item, self._spare)
             self._spare = 0.0
@@ -328,10 +328,7 @@ class Scheduler:
         # The step brings a token more than is accepted: a longer draft would be for nothing.
         wanted = max_tokens - sequence.num_output_tokens - 1
         room = min(self._budget, self.kv_cache.room_for(sequence) - self._plan[sequence])
-        if self.pace is not None and self._spare < math.inf:
-            num_planned = self.max_num_batched_tokens - self._budget
-            room = self.pace.num_tokens_more(num_planned, self._spare, max(0, room))
-        draft = lookup.propose(sequence, min(wanted, room))
+        draft = lookup.propose(sequence, self._num_spared_tokens(min(wanted, room)))
         appended = self.kv_cache.append(sequence, self._plan[sequence] + len(draft))
         assert appended, "room_for said so"
         self._spend(len(draft))
