@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from mm_engine.engine.engine import Engine
+from mm_engine.engine.fault_barrier import FaultBarrier
 from mm_engine.errors import RequestError
 from mm_engine.outputs import ErrorInfo, RequestOutput
 from mm_engine.request import Request
@@ -303,3 +304,14 @@ def test_blocks_that_are_all_in_use_are_waited_for_not_for_ever(
     assert all(output.finished for output in sums.values()) and len(sums) == len(requests)
     assert_reused(engine)
     assert_nothing_left(engine, runner)
+
+
+def test_a_step_of_nobody_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing:
+        slice_is_last = True
+
+        def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+            raise ValueError
+
+    assert FaultBarrier(Failing()).run(ScheduledBatch((), evict=("a",))) == []
+    assert "ValueError at test_bad_input.py" in caplog.text

@@ -6,7 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mm_engine.config import EngineConfig
+from mm_engine.engine.engine import Engine
 from mm_engine.engine.pace import NUM_OBSERVED, Pace
+from mm_engine.outputs import ErrorInfo
+from mm_engine.sequence import SampledToken, ScheduledBatch
 
 TIMES = [(1, 1.0), (4, 1.0), (8, 3.0)]
 
@@ -44,6 +48,22 @@ def test_times_follow_the_fastest_of_the_newest_steps() -> None:
     assert pace.seconds(1) == 2.0, "the machine is slower now"
     pace.observe(9, 0.1)
     assert pace.seconds(1) == 2.0, "so many tokens were never timed"
+
+
+def test_a_step_that_failed_says_nothing_about_time(new_request, tokenizer) -> None:
+    class Failing:
+        slice_is_last = True
+
+        def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+            return [SampledToken(error=ErrorInfo("PluginError", "no.")) for _ in batch.sequences]
+
+    pace = Pace(TIMES, 2.0)
+    config = EngineConfig(model="none")
+    engine = Engine(Failing(), config, tokenizer, num_blocks=64, pace=pace, clock=lambda: 0.0)
+    engine.add(new_request("a", [4], max_tokens=1))
+    (output,) = engine.step()
+    assert output.error is not None
+    assert pace.seconds(4) == 1.0
 
 
 @pytest.mark.parametrize(

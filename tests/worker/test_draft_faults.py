@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from checkpoints import IMAGE_SIZE
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, Sequence
 from mm_engine.worker.model_runner import ModelRunner
 from poisoned import NUM_BLOCKS, POISON, make_poisoned
-from sequences import make_sequence
+from sequences import make_item, make_sequence
 
 PROMPT = (1, 50, 51, 52, 53)
 
@@ -140,3 +141,13 @@ def test_logits_that_only_a_draft_spoils_fail_nobody(
         step(runner, sequences)
     assert [s.output_token_ids[:7] for s in sequences] == expected
     assert all(torch.isfinite(cache).all() for pair in runner.kv_caches for cache in pair)
+
+
+def test_what_is_evicted_and_encoded_in_one_step_is_encoded_once(runner: ModelRunner) -> None:
+    """The step is computed again without its draft, whose NaN may be at fault."""
+    (sequence,) = start(runner, 1)
+    item = make_item("a", 2, 16, pixel_values=torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE))
+    share = ScheduledSequence(sequence, sequence.num_uncomputed_tokens, (POISON,))
+    before = runner.encoder.num_encoded
+    runner.run(ScheduledBatch((share,), encode=(item,), evict=("a",)))
+    assert runner.encoder.num_encoded == before + 1
