@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 from mm_engine.outputs import ErrorInfo
 from mm_engine.request import Item, Request
 
+#: In `Sequence.token_ids`: a step was launched that samples this token, and has yet to tell it.
+UNKNOWN_TOKEN = -1
+
 
 class SequenceStatus(enum.Enum):
     """Where a sequence is; a preempted one is waiting again."""
@@ -41,6 +44,7 @@ class Sequence:
     start_time: float | None = None  # of its first step, by the same clock and owner
     detokenizer: Any = None  # owner: engine/detokenizer.py
     sampler_state: Any = None  # owner: worker/sampler.py
+    newest: Any = None  # the id sampled last, on the device; owner: worker/launched.py
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
@@ -155,3 +159,11 @@ class SampledToken:
     )
     error: ErrorInfo | None = None  # the request fails with this, its neighbours go on
     accepted: tuple[SampledToken, ...] = ()  # the tokens before this one: the draft's first ones
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step brought."""
+
+    tokens: list[SampledToken]  # aligned with the plan's `sequences`
+    slice_is_last: bool = False  # `encode_slice` brought its item to the end, or to its failure

@@ -27,7 +27,7 @@ from mm_engine.inputs.pipeline import InputPipeline
 from mm_engine.outputs import ErrorInfo, RequestOutput
 from mm_engine.request import Item, PlaceholderRange, Request
 from mm_engine.sampling_params import SamplingParams
-from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence
+from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
 from mm_engine.worker.loader import open_model
 
 VOCAB_SIZE = 300  # of the byte-level tokenizer below
@@ -94,7 +94,7 @@ class CheckingRunner:
         self.num_slices = 0
         self.order: list[list[tuple[str, int]]] = []  # per step: (request id, tokens and draft)
 
-    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+    def run(self, batch: ScheduledBatch) -> StepResult:
         self._check_sizes(batch)
         for key in batch.evict:
             self.features.pop(key, None)
@@ -114,11 +114,7 @@ class CheckingRunner:
         sampled = [self._compute(share, errors) for share in batch.sequences]
         self.order.append([(s.sequence.request.request_id, s.num_rows) for s in batch.sequences])
         self.after_run()
-        return sampled
-
-    @property
-    def slice_is_last(self) -> bool:
-        return not self.begun
+        return StepResult(sampled, slice_is_last=not self.begun)
 
     def _encode_slice(self, batch: ScheduledBatch) -> None:
         """A second for each row. A bad item fails when it is needed."""

@@ -7,6 +7,7 @@ without it, is everything given back, and can nothing of it be found?
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,7 @@ from mm_engine.engine.fault_barrier import FaultBarrier
 from mm_engine.errors import RequestError
 from mm_engine.outputs import ErrorInfo, RequestOutput
 from mm_engine.request import Request
-from mm_engine.sequence import SampledToken, ScheduledBatch
+from mm_engine.sequence import SampledToken, ScheduledBatch, StepResult
 
 LENGTHS = {"a": 6, "b": 6, "c": 6, "d": 6, "big": 20}
 NAN = ErrorInfo("PluginError", "compute_logits: got NaN")
@@ -156,14 +157,15 @@ def nan_at(runner, request_id: str, num_computed: int) -> None:
     """Have the runner find NaN in this request's row once so many of its tokens are computed."""
     run = runner.run
 
-    def broken(batch: ScheduledBatch) -> list[SampledToken]:
-        sampled = run(batch)
-        return [
+    def broken(batch: ScheduledBatch) -> StepResult:
+        result = run(batch)
+        tokens = [
             SampledToken(error=NAN)
             if share.sequence.request.request_id == request_id and share.end >= num_computed
             else token
-            for share, token in zip(batch.sequences, sampled, strict=True)
+            for share, token in zip(batch.sequences, result.tokens, strict=True)
         ]
+        return replace(result, tokens=tokens)
 
     runner.run = broken
 
@@ -222,7 +224,7 @@ class Watched:
         self._engine, self._runner, self._run = engine, runner, runner.run
         runner.run = self.run
 
-    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+    def run(self, batch: ScheduledBatch) -> StepResult:
         features, cache = self._engine.encoder_cache, self._engine.kv_cache
         scheduler = self._engine.scheduler
         pinned = sum(features._rows[key] for key in features._num_pins)
@@ -308,10 +310,8 @@ def test_blocks_that_are_all_in_use_are_waited_for_not_for_ever(
 
 def test_a_step_of_nobody_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     class Failing:
-        slice_is_last = True
-
-        def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+        def run(self, batch: ScheduledBatch) -> StepResult:
             raise ValueError
 
-    assert FaultBarrier(Failing()).run(ScheduledBatch((), evict=("a",))) == []
+    assert FaultBarrier(Failing()).run(ScheduledBatch((), evict=("a",))).tokens == []
     assert "ValueError at test_bad_input.py" in caplog.text

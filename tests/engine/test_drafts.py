@@ -10,7 +10,7 @@ import pytest
 
 from mm_engine.engine.engine import Engine
 from mm_engine.errors import PluginError
-from mm_engine.sequence import SampledToken, ScheduledBatch
+from mm_engine.sequence import ScheduledBatch, StepResult
 
 A, B = 65, 66
 
@@ -248,14 +248,14 @@ def test_what_a_draft_alone_makes_fail_does_not_fail(
     engine, runner = drafting()
     run_step, num_raised = runner.run, 0
 
-    def run(batch: ScheduledBatch) -> list[SampledToken]:
+    def run(batch: ScheduledBatch) -> StepResult:
         nonlocal num_raised
         if any(share.draft_token_ids for share in batch.sequences):
             num_raised += 1
             runner.failed = True
             raise PluginError("mm-x 1.0: what a token")
-        sampled: list[SampledToken] = run_step(batch)
-        return sampled
+        result: StepResult = run_step(batch)
+        return result
 
     engine.runner._runner.run = run
     for name in names:

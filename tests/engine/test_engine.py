@@ -8,7 +8,7 @@ import pytest
 
 from mm_engine.errors import PluginError, RequestError
 from mm_engine.outputs import CompletionOutput, ErrorInfo, RequestOutput
-from mm_engine.sequence import SampledToken, ScheduledBatch
+from mm_engine.sequence import SampledToken, ScheduledBatch, StepResult
 
 EOS_ID = 298
 
@@ -19,13 +19,15 @@ class Scripted:
     def __init__(self, token_ids: list[int]) -> None:
         self.token_ids = token_ids
 
-    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
-        return [
-            SampledToken(
-                self.token_ids[share.sequence.num_output_tokens] if share.samples else None
-            )
-            for share in batch.sequences
-        ]
+    def run(self, batch: ScheduledBatch) -> StepResult:
+        return StepResult(
+            [
+                SampledToken(
+                    self.token_ids[share.sequence.num_output_tokens] if share.samples else None
+                )
+                for share in batch.sequences
+            ]
+        )
 
 
 @pytest.fixture
@@ -249,12 +251,12 @@ def test_a_completion_that_fails_ends_its_siblings_and_no_neighbour(
     engine.add(neighbour)
     run_step = runner.run
 
-    def run(batch: ScheduledBatch) -> list[SampledToken]:
-        sampled = run_step(batch)
-        for share, token in zip(batch.sequences, sampled, strict=True):
+    def run(batch: ScheduledBatch) -> StepResult:
+        result: StepResult = run_step(batch)
+        for share, token in zip(batch.sequences, result.tokens, strict=True):
             if share.sequence.index == 1 and share.sequence.num_output_tokens == 2:
                 token.error = ErrorInfo("PluginError", "NaN")
-        return sampled
+        return result
 
     runner.run = run
     news = [output for _ in range(2) for output in engine.step()]
@@ -275,12 +277,12 @@ def test_text_that_cannot_be_made_fails_only_its_request(
     engine.add(neighbour)
     run_step = runner.run
 
-    def run(batch: ScheduledBatch) -> list[SampledToken]:
-        sampled = run_step(batch)
-        for share, token in zip(batch.sequences, sampled, strict=True):
+    def run(batch: ScheduledBatch) -> StepResult:
+        result: StepResult = run_step(batch)
+        for share, token in zip(batch.sequences, result.tokens, strict=True):
             if share.sequence.request.request_id == "A":
                 token.token_id = -1  # no tokenizer knows it
-        return sampled
+        return result
 
     runner.run = run
     sums = run_all(engine)

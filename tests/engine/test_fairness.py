@@ -12,7 +12,7 @@ import pytest
 from mm_engine.config import EngineConfig
 from mm_engine.engine.engine import Engine
 from mm_engine.engine.pace import MIN_PROMPT_TOKENS, Pace
-from mm_engine.sequence import SampledToken, ScheduledBatch
+from mm_engine.sequence import SampledToken, ScheduledBatch, StepResult
 
 #: Tokens in a step, seconds: a language model of 0.5B parameters on two cores.
 TIMES = [(1, 0.020), (8, 0.029), (32, 0.061), (128, 0.23), (512, 0.97), (2048, 4.0)]
@@ -40,7 +40,7 @@ class TimedRunner:
     def slice_is_last(self) -> bool:
         return not self._begun
 
-    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+    def run(self, batch: ScheduledBatch) -> StepResult:
         if batch.encode_slice is not None:
             key = batch.encode_slice.item.content_key
             left = ITEM_SECONDS - self._begun.get(key, 0.0)
@@ -62,7 +62,8 @@ class TimedRunner:
         for share in batch.sequences:
             if share.samples:
                 self.times[share.sequence.request.request_id].append(self.now)
-        return [SampledToken(65 if share.samples else None) for share in batch.sequences]
+        sampled = [SampledToken(65 if share.samples else None) for share in batch.sequences]
+        return StepResult(sampled, self.slice_is_last)
 
 
 class Simulation:

@@ -10,7 +10,7 @@ from mm_engine.config import EngineConfig
 from mm_engine.engine.engine import Engine
 from mm_engine.engine.pace import NUM_OBSERVED, Pace
 from mm_engine.outputs import ErrorInfo
-from mm_engine.sequence import SampledToken, ScheduledBatch
+from mm_engine.sequence import SampledToken, ScheduledBatch, StepResult
 
 TIMES = [(1, 1.0), (4, 1.0), (8, 3.0)]
 
@@ -52,10 +52,9 @@ def test_times_follow_the_fastest_of_the_newest_steps() -> None:
 
 def test_a_step_that_failed_says_nothing_about_time(new_request, tokenizer) -> None:
     class Failing:
-        slice_is_last = True
-
-        def run(self, batch: ScheduledBatch) -> list[SampledToken]:
-            return [SampledToken(error=ErrorInfo("PluginError", "no.")) for _ in batch.sequences]
+        def run(self, batch: ScheduledBatch) -> StepResult:
+            error = ErrorInfo("PluginError", "no.")
+            return StepResult([SampledToken(error=error) for _ in batch.sequences])
 
     pace = Pace(TIMES, 2.0)
     config = EngineConfig(model="none")

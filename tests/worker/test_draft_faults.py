@@ -50,7 +50,7 @@ def step(
         ScheduledSequence(s, s.num_uncomputed_tokens, tuple(draft))
         for s, draft in zip(sequences, drafts or [[]] * len(sequences), strict=True)
     ]
-    sampled = runner.run(ScheduledBatch(tuple(shares)))
+    sampled = runner.run(ScheduledBatch(tuple(shares))).tokens
     for share, last in zip(shares, sampled, strict=True):
         if last.error is None:
             share.sequence.num_computed_tokens += share.num_new_tokens + len(last.accepted)

@@ -60,7 +60,7 @@ def test_nan_in_the_middle_of_a_prompt_fails_at_once_and_stays_in_no_block(
     sick = place(make_sequence((1, POISON, *range(20, 30)), temperature=0.0), blocks)
     chunk = place(make_sequence((1, *range(20, 30)), temperature=0.0), blocks)
     decode = place(make_sequence((1, 50), temperature=0.0), blocks)
-    results = runner.run(ScheduledBatch((share(sick, 6), share(chunk, 6), share(decode, 2))))
+    results = runner.run(ScheduledBatch((share(sick, 6), share(chunk, 6), share(decode, 2)))).tokens
     error = results[0].error
     assert error is not None and error.name == "PluginError"
     assert "mm-llava" in error.message and "NaN" in error.message
@@ -74,7 +74,7 @@ def test_nan_in_the_middle_of_a_prompt_fails_at_once_and_stays_in_no_block(
 def test_nan_that_the_last_token_does_not_see_fails_the_request_too(runner: ModelRunner) -> None:
     sick = make_sequence((1, POISON, *range(20, 34)), temperature=0.0)
     place(sick, iter(range(NUM_BLOCKS)))
-    (token,) = runner.run(ScheduledBatch((share(sick, 16),)))
+    (token,) = runner.run(ScheduledBatch((share(sick, 16),))).tokens
     assert token.error is not None
     assert all(cache.isfinite().all() for pair in runner.kv_caches for cache in pair)
 
@@ -91,10 +91,10 @@ def test_features_of_another_length_than_the_prompts_fail_the_request(
         ids = (1, *[4] * length, 20)
         return place(make_sequence(ids, items=(item,), temperature=0.0), blocks)
 
-    (first,) = runner.run(ScheduledBatch((share(prompt(16), 18),)))
+    (first,) = runner.run(ScheduledBatch((share(prompt(16), 18),))).tokens
     assert first.error is None and first.token_id is not None
     second, neighbour = prompt(15), prompt(16)
-    results = runner.run(ScheduledBatch((share(second, 17), share(neighbour, 18))))
+    results = runner.run(ScheduledBatch((share(second, 17), share(neighbour, 18)))).tokens
     assert results[0].error is not None
     assert "input_processor" in results[0].error.message
     assert "expected 16 placeholder tokens for image 0" in results[0].error.message

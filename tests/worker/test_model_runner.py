@@ -88,7 +88,7 @@ def step(
             if item.content_key not in runner.encoder.features:
                 encode[item.content_key] = item
     scheduled = tuple(ScheduledSequence(s, num) for s, num in shares.items())
-    sampled = runner.run(ScheduledBatch(scheduled, tuple(encode.values()), evict))
+    sampled = runner.run(ScheduledBatch(scheduled, tuple(encode.values()), evict)).tokens
     assert len(sampled) == len(scheduled)
     for share, token in zip(scheduled, sampled, strict=True):
         if token.error is None:

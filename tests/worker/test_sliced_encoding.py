@@ -47,7 +47,7 @@ def image(key: str, seed: int = 1) -> Any:
 def test_features_are_those_of_an_image_encoded_whole(runner: ModelRunner) -> None:
     item = image("sliced")
     num_slices = 0
-    while not num_slices or not runner.slice_is_last:
+    while not num_slices or not runner.encoder.slice_is_last:
         runner.run(ScheduledBatch((), encode_slice=EncodeSlice(item, 0.0)))
         num_slices += 1
     assert num_slices > 10, "each of no time, so each ends at the next place to rest"
@@ -59,10 +59,10 @@ def test_features_are_those_of_an_image_encoded_whole(runner: ModelRunner) -> No
 def test_the_rest_can_be_encoded_in_the_step_that_needs_it(runner: ModelRunner) -> None:
     item = image("begun")
     runner.run(ScheduledBatch((), encode_slice=EncodeSlice(item, 0.0)))
-    assert not runner.slice_is_last
+    assert not runner.encoder.slice_is_last
     assert "begun" not in runner.encoder.features
     runner.run(ScheduledBatch((), encode=(item, image("other", seed=2))))
-    assert runner.slice_is_last
+    assert runner.encoder.slice_is_last
     assert runner.encoder.features.keys() == {"begun", "other"}
     assert runner.encoder.num_encoded == 2
 
@@ -70,12 +70,12 @@ def test_the_rest_can_be_encoded_in_the_step_that_needs_it(runner: ModelRunner) 
 def test_the_model_is_never_asked_for_two_images_at_once(runner: ModelRunner) -> None:
     item = image("begun")
     runner.run(ScheduledBatch((), encode_slice=EncodeSlice(item, 0.0)))
-    assert not runner.slice_is_last
+    assert not runner.encoder.slice_is_last
     runner.run(ScheduledBatch((), encode=(image("other", seed=2),)))
-    assert runner.slice_is_last
+    assert runner.encoder.slice_is_last
     assert runner.encoder.features.keys() == {"begun", "other"}
     runner.run(ScheduledBatch((), encode_slice=EncodeSlice(item, 0.0)))
-    assert runner.slice_is_last
+    assert runner.encoder.slice_is_last
     assert runner.encoder.num_encoded == 2, "what is whole isn't encoded again"
 
 
@@ -92,7 +92,7 @@ def test_an_image_that_is_evicted_half_encoded_is_given_up(runner: ModelRunner) 
         assert call() is None
     finally:
         gc.enable()
-    assert runner.slice_is_last
+    assert runner.encoder.slice_is_last
     assert not runner.encoder.features and not runner.encoder._failures
     runner.run(ScheduledBatch((), encode=(image("begun"),)))
     assert runner.encoder.num_encoded == 1
@@ -106,8 +106,8 @@ def test_what_a_step_left_half_encoded_is_brought_to_its_end_before_another(
     other = EncodeSlice(image("other", seed=2), 0.0)
     runner.run(ScheduledBatch((), encode_slice=other))
     assert runner.encoder.features.keys() == {"begun"}
-    assert not runner.slice_is_last
-    while not runner.slice_is_last:
+    assert not runner.encoder.slice_is_last
+    while not runner.encoder.slice_is_last:
         runner.run(ScheduledBatch((), encode_slice=other))
     assert runner.encoder.features.keys() == {"begun", "other"}
 
@@ -120,7 +120,7 @@ def test_without_a_thread_the_step_that_needs_an_image_encodes_it_whole(
 
     monkeypatch.setattr(threading.Thread, "start", start)
     runner.run(ScheduledBatch((), encode_slice=EncodeSlice(image("x"), 0.0)))
-    assert runner.slice_is_last and not runner.encoder.features
+    assert runner.encoder.slice_is_last and not runner.encoder.features
     runner.run(ScheduledBatch((), encode=(image("x"),)))
     assert runner.encoder.features.keys() == {"x"}
 
@@ -161,7 +161,7 @@ def test_a_failure_is_told_to_the_step_that_needs_the_image_and_only_once(
     bad = make_item("bad", 2, 16, pixel_values=torch.full((3, IMAGE_SIZE, IMAGE_SIZE), torch.nan))
     while True:
         runner.run(ScheduledBatch((), encode_slice=EncodeSlice(bad, 0.0)))
-        if runner.slice_is_last:
+        if runner.encoder.slice_is_last:
             break
     assert "bad" not in runner.encoder.features
     errors = runner.encoder.encode([bad, image("good")])
@@ -246,6 +246,6 @@ def test_sequences_made_by_hand_touch_no_image_while_it_is_encoded(runner: Model
     batch = ScheduledBatch(
         (ScheduledSequence(decode, 3),), encode_slice=EncodeSlice(image("x"), 0.0)
     )
-    (token,) = runner.run(batch)
+    (token,) = runner.run(batch).tokens
     assert token.token_id is not None
-    assert not runner.slice_is_last
+    assert not runner.encoder.slice_is_last

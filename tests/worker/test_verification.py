@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm_engine.sequence import SampledToken, ScheduledSequence, Sequence
 from mm_engine.worker.sampler import Sampler
-from mm_engine.worker.verification import sample_shares
+from mm_engine.worker.verification import launch_shares
 from sequences import make_sequence
 
 VOCAB = 24
@@ -59,7 +59,7 @@ def run_step(
     for sequence, draft in zip(sequences, drafts, strict=True):
         shares.append(ScheduledSequence(sequence, 1, tuple(draft)))
         rows += [logits_behind(sequence.token_ids + draft[:num]) for num in range(len(draft) + 1)]
-    sampled = sample_shares(sampler, torch.stack(rows), shares)
+    sampled = launch_shares(sampler, torch.stack(rows), shares).tokens()
     for sequence, last in zip(sequences, sampled, strict=True):
         for token in (*last.accepted, last):
             assert token.token_id is not None
@@ -115,7 +115,7 @@ def test_what_is_drawn_with_a_draft_has_the_models_distribution() -> None:
     guess = int(first.argmax())
     rows = torch.cat([logits_behind([1])[None, :5], logits_behind([1, guess])[None, :5]])
     shares = [ScheduledSequence(sequence, 1, (guess,)) for sequence in sequences]
-    sampled = sample_shares(sampler, rows.repeat(num, 1), shares)
+    sampled = launch_shares(sampler, rows.repeat(num, 1), shares).tokens()
     accepted = [token for token in sampled if token.accepted]
     assert all(token.accepted[0].token_id == guess for token in accepted)
     expected = torch.cat([first, probs([1, guess]) * first[guess]])
@@ -171,7 +171,8 @@ def test_greedy_rows_are_compared_position_by_position() -> None:
         ([3, 0, 5], [3, 4]),
         ([0, 4, 5], [3]),
     ):
-        (last,) = sample_shares(Sampler(0), rows, [ScheduledSequence(sequence, 1, tuple(draft))])
+        share = ScheduledSequence(sequence, 1, tuple(draft))
+        (last,) = launch_shares(Sampler(0), rows, [share]).tokens()
         assert [t.token_id for t in (*last.accepted, last)] == tokens
 
 
@@ -180,7 +181,7 @@ def test_min_tokens_counts_the_accepted_ones() -> None:
     rows = torch.zeros(3, VOCAB)
     rows[:, EOS], rows[:, 4] = 5.0, 3.0  # the end is the likeliest everywhere
     share = ScheduledSequence(sequence, 1, (4, 4))
-    (last,) = sample_shares(Sampler(0), rows, [share])
+    (last,) = launch_shares(Sampler(0), rows, [share]).tokens()
     assert [t.token_id for t in (*last.accepted, last)] == [4, 4, EOS]
 
 
@@ -189,5 +190,5 @@ def test_penalties_count_the_accepted_ones() -> None:
     rows = torch.zeros(3, VOCAB)
     rows[:, 4], rows[:, 5], rows[:, 6] = 9.0, 8.0, 6.5  # each one that was said falls by 2
     share = ScheduledSequence(sequence, 1, (4, 5))
-    (last,) = sample_shares(Sampler(0), rows, [share])
+    (last,) = launch_shares(Sampler(0), rows, [share]).tokens()
     assert [t.token_id for t in (*last.accepted, last)] == [4, 5, 4]

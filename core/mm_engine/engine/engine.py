@@ -19,7 +19,13 @@ from mm_engine.engine.status import EngineInfo, EngineStats
 from mm_engine.errors import RequestError
 from mm_engine.outputs import CompletionOutput, ErrorInfo, Logprob, RequestOutput, RequestTimes
 from mm_engine.request import Request
-from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, Sequence
+from mm_engine.sequence import (
+    SampledToken,
+    ScheduledBatch,
+    ScheduledSequence,
+    Sequence,
+    StepResult,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -96,8 +102,8 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Compute one step; returns what is new for each request that has news."""
         scheduled = self.scheduler.schedule()
-        sampled = self._run(scheduled)
-        return self.process(scheduled, sampled)
+        result = self._run(scheduled)
+        return self.process(scheduled, result)
 
     @property
     def has_work(self) -> bool:
@@ -154,14 +160,12 @@ class Engine:
             self._changed.pop(request_id, None)
             del self._answers[request_id]
 
-    def process(
-        self, scheduled: ScheduledBatch, sampled: list[SampledToken]
-    ) -> list[RequestOutput]:
+    def process(self, scheduled: ScheduledBatch, result: StepResult) -> list[RequestOutput]:
         """Take a step's tokens: append, stop, detokenize."""
         self._num_steps += bool(scheduled.sequences)
-        if scheduled.encode_slice is not None and self.runner.slice_is_last:
+        if scheduled.encode_slice is not None and result.slice_is_last:
             self.encoder_cache.complete()
-        for share, token in zip(scheduled.sequences, sampled, strict=True):
+        for share, token in zip(scheduled.sequences, result.tokens, strict=True):
             if token.error is not None:
                 self.scheduler.distrust(needed_keys(share))
             if share.sequence.finished:
@@ -178,17 +182,18 @@ class Engine:
                     self._fail(share.sequence.request, explain(error))
         return self._take_news()
 
-    def _run(self, scheduled: ScheduledBatch) -> list[SampledToken]:
+    def _run(self, scheduled: ScheduledBatch) -> StepResult:
         """Compute the step; the pace is told how long it took, if nothing was encoded in it."""
         pace, clock = self.scheduler.pace, self._clock
         encodes = scheduled.encode or scheduled.encode_slice is not None
         if pace is None or clock is None or encodes or not scheduled.sequences:
             return self.runner.run(scheduled)
         start = clock()
-        sampled = self.runner.run(scheduled)
-        if all(token.error is None for token in sampled):  # what failed may have computed nothing
+        result = self.runner.run(scheduled)
+        # What failed may have computed nothing.
+        if all(token.error is None for token in result.tokens):
             pace.observe(scheduled.num_tokens, clock() - start)
-        return sampled
+        return result
 
     def stats(self) -> EngineStats:
         """Gauges of this moment and counters since the start."""

@@ -12,7 +12,7 @@ from mm_engine.errors import MMEngineError, RequestError
 from mm_engine.outputs import ErrorInfo
 from mm_engine.plugins.blame import may_be_the_users
 from mm_engine.request import Item
-from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence
+from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +24,8 @@ class Runner(Protocol):
     and encoding what is there are harmless, and no sequence's sampling state has moved.
     """
 
-    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
-        """Compute one step; one entry for each of `batch.sequences`, in their order."""
-        ...
-
-    @property
-    def slice_is_last(self) -> bool:
-        """Whether the last step's `encode_slice` brought its item to the end, or to its failure."""
+    def run(self, batch: ScheduledBatch) -> StepResult:
+        """Compute one step."""
         ...
 
 
@@ -41,10 +36,10 @@ class FaultBarrier:
         self._runner = runner
         self._owed_evictions: tuple[str, ...] = ()  # of batches in which nothing ran
 
-    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+    def run(self, batch: ScheduledBatch) -> StepResult:
         """Compute one step; a sequence that can't be computed gets an error for its token."""
-        if not (batch.sequences or batch.encode or batch.evict):
-            return []
+        if not (batch.sequences or batch.encode or batch.evict or batch.encode_slice):
+            return StepResult([])
         batch = replace(batch, evict=self._owed_evictions + batch.evict)
         self._owed_evictions = batch.evict
         try:
@@ -55,7 +50,7 @@ class FaultBarrier:
             has_draft = any(share.draft_token_ids for share in batch.sequences)
             if len(batch.sequences) <= 1 and not has_draft:
                 told = explain(error)
-                return [SampledToken(error=told) for _ in batch.sequences]
+                return StepResult([SampledToken(error=told) for _ in batch.sequences])
             logger.warning(
                 "A step of %d sequences failed: %s. Each is run alone, without a draft.",
                 len(batch.sequences),
@@ -63,30 +58,26 @@ class FaultBarrier:
             )
         return self._run_each_alone(batch)
 
-    @property
-    def slice_is_last(self) -> bool:
-        """See `Runner`."""
-        return self._runner.slice_is_last
-
-    def _run(self, batch: ScheduledBatch) -> list[SampledToken]:
-        sampled = self._runner.run(batch)
-        assert len(sampled) == len(batch.sequences)
+    def _run(self, batch: ScheduledBatch) -> StepResult:
+        result = self._runner.run(batch)
+        assert len(result.tokens) == len(batch.sequences)
         self._owed_evictions = ()
-        return sampled
+        return result
 
-    def _run_each_alone(self, batch: ScheduledBatch) -> list[SampledToken]:
+    def _run_each_alone(self, batch: ScheduledBatch) -> StepResult:
         sampled: list[SampledToken] = []
         for share in batch.sequences:
             share = share._replace(draft_token_ids=())  # nobody asked for it: it fails nobody
             keys = needed_keys(share)
             encode = tuple(item for item in batch.encode if item.content_key in keys)
             try:
-                sampled += self._run(ScheduledBatch((share,), encode, self._owed_evictions))
+                alone = ScheduledBatch((share,), encode, self._owed_evictions)
+                sampled += self._run(alone).tokens
             except BaseException as error:
                 if may_be_the_users(error):
                     raise
                 sampled.append(SampledToken(error=explain(error)))
-        return sampled
+        return StepResult(sampled)  # an item that is encoded in slices gets its next one
 
 
 def needed_keys(scheduled: ScheduledSequence) -> set[str]:

@@ -15,7 +15,7 @@ from mm_engine.errors import PluginError
 from mm_engine.plugins.blame import one_line
 from mm_engine.request import PromptInputs, Request
 from mm_engine.sampling_params import SamplingParams
-from mm_engine.sequence import SampledToken, ScheduledBatch
+from mm_engine.sequence import ScheduledBatch, StepResult
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,12 +37,7 @@ class Watched:
     num_cut: int = 0  # steps that ended inside an image
     failure: BaseException | None = None  # what the plugin's model raised
 
-    @property
-    def slice_is_last(self) -> bool:
-        """See `Runner`."""
-        return self.runner.slice_is_last
-
-    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+    def run(self, batch: ScheduledBatch) -> StepResult:
         """Compute one step."""
         for share in batch.sequences:
             for item in share.sequence.request.items:
@@ -50,19 +45,19 @@ class Watched:
         seen: dict[str, Tensor] = {}
         try:
             with _spied(self.runner.model, seen):
-                sampled = self.runner.run(batch)
+                result = self.runner.run(batch)
         except BaseException as error:
             self.failure = error
             raise
-        if any(token.error is not None for token in sampled):
-            return sampled
+        if any(token.error is not None for token in result.tokens):
+            return result
         sampling = [share for share in batch.sequences if share.samples]
         for share, row in zip(sampling, seen.get("logits", ()), strict=True):
             self.logits[share.sequence.request.request_id].append(row.clone())
         embeds = seen["embeds"].split([share.num_new_tokens for share in batch.sequences])
         for share, rows in zip(batch.sequences, embeds, strict=True):
             self.merged[share.sequence.request.request_id].append(rows.clone())
-        return sampled
+        return result
 
 
 @contextmanager

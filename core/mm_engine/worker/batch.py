@@ -10,7 +10,8 @@ from torch import Tensor
 from mm_engine.attention.backend import AttentionBackend
 from mm_engine.attention.metadata import AttentionMetadata
 from mm_engine.request import Item
-from mm_engine.sequence import ScheduledSequence
+from mm_engine.sequence import UNKNOWN_TOKEN, ScheduledSequence
+from mm_engine.worker.transfers import to_device
 
 
 @dataclass(slots=True)
@@ -27,6 +28,11 @@ class ForwardBatch:
         tuple[Item, int, int, int]
     ]  # (item, its first row, destination row, number of rows)
 
+    def slots(self, index: int) -> Tensor:
+        """Where the keys and values of one share are stored."""
+        lens = self.metadata.query_lens
+        return self.metadata.slot_mapping[sum(lens[:index]) : sum(lens[: index + 1])]
+
 
 def build_batch(
     scheduled: list[ScheduledSequence],
@@ -40,11 +46,15 @@ def build_batch(
     positions: list[int] = []
     slots: list[int] = []
     merges: list[tuple[Item, int, int, int]] = []
+    unknown: list[tuple[int, Tensor]] = []  # (row, id on the device)
     sampled: list[int] = []
     sampled_rows: list[int] = []
     for index, share in enumerate(scheduled):
         sequence, first_row = share.sequence, len(ids)
         ids += sequence.token_ids[share.start : share.end]
+        if ids[-1] == UNKNOWN_TOKEN:  # only the newest can be
+            ids[-1] = 0
+            unknown.append((len(ids) - 1, sequence.newest))
         ids += share.draft_token_ids
         positions += range(share.start, share.start + share.num_rows)
         slots += slots_of(share, block_size)
@@ -65,23 +75,24 @@ def build_batch(
         for table in (share.sequence.block_table for share in scheduled)
     ]
 
-    def tensor(values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
-
+    input_ids = to_device(ids, device)
+    if unknown:
+        rows = to_device([row for row, _ in unknown], device)
+        input_ids.index_copy_(0, rows, torch.cat([newest for _, newest in unknown]))
     metadata = AttentionMetadata(
         backend=backend,
         kv_caches=kv_caches,
-        slot_mapping=tensor(slots),
-        block_tables=tensor(tables),
+        slot_mapping=to_device(slots, device),
+        block_tables=to_device(tables, device),
         query_lens=[share.num_rows for share in scheduled],
         context_lens=[share.start + share.num_rows for share in scheduled],
     )
     return ForwardBatch(
         scheduled=scheduled,
-        input_ids=tensor(ids),
-        positions=tensor(positions),
+        input_ids=input_ids,
+        positions=to_device(positions, device),
         metadata=metadata,
-        sampled_rows=tensor(sampled_rows),
+        sampled_rows=to_device(sampled_rows, device),
         sampled=sampled,
         merges=merges,
     )

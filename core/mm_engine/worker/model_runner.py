@@ -20,14 +20,16 @@ from mm_engine.outputs import ErrorInfo
 from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.request import Item, Request
 from mm_engine.sampling_params import SamplingParams
-from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence
+from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
 from mm_engine.sequence import Sequence as EngineSequence
 from mm_engine.worker.batch import ForwardBatch, build_batch, slots_of
 from mm_engine.worker.encoder import Encoder
+from mm_engine.worker.launched import Finite, LaunchedStep
 from mm_engine.worker.loader import OpenedModel, load_model, pick_device
 from mm_engine.worker.memory import DeviceMemory
 from mm_engine.worker.sampler import Sampler
-from mm_engine.worker.verification import sample_shares
+from mm_engine.worker.transfers import to_device
+from mm_engine.worker.verification import launch_shares
 
 LONG_STEP = 0.2  # seconds
 
@@ -104,7 +106,7 @@ class ModelRunner:
                 while sequence.num_uncomputed_tokens:
                     num_new = min(sequence.num_uncomputed_tokens, self.max_num_batched_tokens)
                     batch = ScheduledBatch((ScheduledSequence(sequence, num_new),))
-                    (token,) = self.run(batch)
+                    (token,) = self.run(batch).tokens
                     if token.error is not None:
                         raise PluginError(token.error.message)
                     sequence.num_computed_tokens += num_new
@@ -132,7 +134,7 @@ class ModelRunner:
                 best = min(best, time.perf_counter() - before)
                 if best > LONG_STEP and num_tokens > 1:  # the first of all was a cold one
                     break
-            self._clean(batch.sequences[0])
+            self._clean(to_device(slots_of(batch.sequences[0], self.block_size), self.device))
             yield num_tokens, best
             num_tokens *= 8 if best > LONG_STEP else 2
 
@@ -140,11 +142,6 @@ class ModelRunner:
     def slices_images(self) -> bool:
         """Whether `encode_slice` bounds time: elsewhere a slice would only be launched in it."""
         return self.device.type == "cpu"
-
-    @property
-    def slice_is_last(self) -> bool:
-        """Whether the last step's `encode_slice` brought its item to the end, or to its failure."""
-        return self.encoder.slice_is_last
 
     def _check_keywords(self, item: Item) -> None:
         """Raise `PluginError` unless the model's method takes the mapper's tensors as keywords."""
@@ -159,28 +156,34 @@ class ModelRunner:
             got = f"got {list(signature.parameters)}"
             raise self.opened.plugin.blame(method, f"{fact}, {got}") from None
 
-    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
-        """Run one step; the result is aligned with `batch.sequences`.
+    def run(self, batch: ScheduledBatch) -> StepResult:
+        """Run one step to its end: `launch`, and its result."""
+        return self.launch(batch).result()
 
-        A sequence whose image can't be encoded, or whose hidden states or logits hold NaN, gets
-        an error; the others run on without it. Where only a draft may be at fault, the step is
-        computed again without it.
+    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
+        """Start one step; a device may still be computing it, and those before it, on return.
+
+        A sequence whose newest token is `UNKNOWN_TOKEN` goes on with the one that the step before
+        sampled for it. A sequence whose image can't be encoded, or whose hidden states or logits
+        hold NaN, gets an error; the others run on without it. Where only a draft may be at fault,
+        the step is computed again without it: with drafts the device is waited for.
         """
         with torch.inference_mode():
             self.encoder.drop(batch.evict)
             if batch.encode_slice is not None:
                 self.encoder.encode_slice(batch.encode_slice.item, batch.encode_slice.seconds)
             errors = self.encoder.encode(self._to_encode(batch))
-            results = [SampledToken() for _ in batch.sequences]
+            tokens = [SampledToken() for _ in batch.sequences]
             running: list[int] = []
             for i, scheduled in enumerate(batch.sequences):
                 error = self._missing(scheduled, errors)
                 if error is None:
                     running.append(i)
                 else:
-                    results[i] = SampledToken(error=error)
+                    tokens[i] = SampledToken(error=error)
+            launched = LaunchedStep(StepResult(tokens, self.encoder.slice_is_last), self.blame_nan)
             if not running:
-                return results
+                return launched
             forward = build_batch(
                 [batch.sequences[i] for i in running],
                 self.backend,
@@ -189,35 +192,37 @@ class ModelRunner:
                 self.device,
             )
             hidden = self._forward(forward)
-            broken = dict.fromkeys(_not_finite(hidden, forward.metadata.query_lens), "forward")
             logits = None
             if forward.sampled:
                 with self._blamed("compute_logits"):
                     logits = self.model.compute_logits(hidden[forward.sampled_rows])
                     wanted = [len(forward.sampled), self.vocab_size]
                     self._check_shape("compute_logits", "logits", logits, wanted)
-                finite = logits.amax(-1).isfinite()  # NaN spreads; single -inf are fine
-                if not bool(finite.all()):
-                    logits = logits.masked_fill(~finite[:, None], 0.0)
-                    for row in (~finite).nonzero().flatten().tolist():
-                        broken.setdefault(forward.sampled[row], "compute_logits")
-            for i in broken:
-                self._clean(forward.scheduled[i])
-            doubtful = {running[i] for i in broken if forward.scheduled[i].draft_token_ids}
-            if doubtful:  # NaN of a draft reaches the rows before it; nothing is sampled yet
-                return self.run(_without_drafts(batch, doubtful))
+            finite = Finite.of(hidden, logits, forward)
+            drafting = {i for i, share in enumerate(forward.scheduled) if share.draft_token_ids}
+            if drafting:
+                # NaN of a draft reaches the rows before it; nothing is sampled yet.
+                broken = finite.broken()
+                doubtful = {running[i] for i in drafting & broken.keys()}
+                if doubtful:
+                    for i in broken:
+                        self._clean(forward.slots(i))
+                    return self.launch(_without_drafts(batch, doubtful))
+            launched.computed(running, forward, finite)
             if logits is not None:
                 indices = list(dict.fromkeys(forward.sampled))
                 shares = [forward.scheduled[i] for i in indices]
-                for i, token in zip(
-                    indices, sample_shares(self.sampler, logits, shares), strict=True
-                ):
-                    results[running[i]] = token
-            for i, method in broken.items():
-                fact = "expected finite numbers for this request, got NaN or infinity"
-                blamed = self.opened.plugin.blame(method, fact)
-                results[running[i]] = SampledToken(error=ErrorInfo("PluginError", str(blamed)))
-            return results
+                launched.sampled(indices, launch_shares(self.sampler, logits, shares))
+            return launched
+
+    def blame_nan(self, method: str, slots: Tensor) -> ErrorInfo:
+        """What a request is told whose share of a step is NaN; what it wrote to `slots` is zeroed.
+
+        Masked NaN would still spread.
+        """
+        self._clean(slots)
+        fact = "expected finite numbers for this request, got NaN or infinity"
+        return ErrorInfo("PluginError", str(self.opened.plugin.blame(method, fact)))
 
     def _forward(self, forward: ForwardBatch) -> Tensor:
         with self._blamed("embed_tokens"):
@@ -229,8 +234,8 @@ class ModelRunner:
                 self.encoder.features[item.content_key][first : first + num]
                 for item, first, _, num in forward.merges
             ]
-            places = [torch.arange(to, to + num) for _, _, to, num in forward.merges]
-            positions = torch.cat(places).to(self.device)
+            places = [place for _, _, to, num in forward.merges for place in range(to, to + num)]
+            positions = to_device(places, self.device)
             embeds = reference.merge_by_position(embeds, torch.cat(rows), positions)
         with self._blamed("forward"):
             hidden: Tensor = self.model.forward(
@@ -290,15 +295,15 @@ class ModelRunner:
                 return ErrorInfo("PluginError", str(blamed))
         return None
 
-    def _clean(self, scheduled: ScheduledSequence) -> None:
-        """Zero what a share wrote, if that may be NaN: masked NaN would still spread.
+    def _clean(self, slots: Tensor) -> None:
+        """Zero what a share of a step wrote.
 
         What stands before it was computed by steps without a fault, and others may be reading it.
         """
-        slots = torch.tensor(slots_of(scheduled, self.block_size), device=self.device)
-        for key_cache, value_cache in self.kv_caches:
-            key_cache.flatten(0, 1)[slots] = 0
-            value_cache.flatten(0, 1)[slots] = 0
+        with torch.inference_mode():
+            for key_cache, value_cache in self.kv_caches:
+                key_cache.flatten(0, 1)[slots] = 0
+                value_cache.flatten(0, 1)[slots] = 0
 
 
 def _without_drafts(batch: ScheduledBatch, indices: set[int]) -> ScheduledBatch:
@@ -317,15 +322,3 @@ def _touched(scheduled: ScheduledSequence) -> list[Item]:
         for item in scheduled.sequence.request.items
         if item.placeholder.offset < scheduled.end and item.placeholder.end > scheduled.start
     ]
-
-
-def _not_finite(hidden: Tensor, query_lens: list[int]) -> set[int]:
-    """Which shares of a step hold NaN or infinity.
-
-    A chunk that samples nothing is looked at too: its sequence may end before one that does, and
-    whoever gets its blocks then would read NaN from them.
-    """
-    finite = hidden.isfinite().all(-1)
-    if bool(finite.all()):
-        return set()
-    return {i for i, rows in enumerate(finite.split(query_lens)) if not bool(rows.all())}

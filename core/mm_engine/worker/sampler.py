@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mm_engine.sampling_params import SamplingParams
-from mm_engine.sequence import SampledToken, Sequence
+from mm_engine.sequence import UNKNOWN_TOKEN, SampledToken, Sequence
+from mm_engine.worker.transfers import HostCopy, to_device
 
 
 @dataclass(slots=True)
@@ -22,6 +23,42 @@ class SamplerState:
     prompt_mask: Tensor | None = None  # [vocab] bool: ids that occur in the prompt
     output_counts: Tensor | None = None  # [vocab] float: how often each id was generated
     num_counted: int = 0  # output tokens that output_counts holds
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Log-probabilities of the rows that ask for them, W of N, up to `width` likeliest of each."""
+
+    rows: list[int]  # [W]
+    own: HostCopy  # [W] float: of the sampled ids
+    ranks: HostCopy  # [W] int: 1 is the likeliest
+    top: tuple[HostCopy, HostCopy] | None  # ids and values [W, width], likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What was sampled, as far as the device has come: `tokens` waits for it."""
+
+    ids: Tensor  # [N] int64, on the device
+    params: list[SamplingParams]
+    host_ids: HostCopy
+    report: Report | None
+
+    def tokens(self) -> list[SampledToken]:
+        """One token for each row."""
+        sampled = [SampledToken(token_id=token) for token in self.host_ids.tolist()]
+        if self.report is None:
+            return sampled
+        own, ranks = self.report.own.tolist(), self.report.ranks.tolist()
+        ids, values = [copy.tolist() for copy in self.report.top] if self.report.top else ([], [])
+        for position, i in enumerate(self.report.rows):
+            num = self.params[i].logprobs
+            sampled[i].logprob, sampled[i].rank = own[position], ranks[position]
+            sampled[i].top_logprobs = []
+            if ids:
+                pairs = zip(ids[position][:num], values[position][:num], strict=True)
+                sampled[i].top_logprobs = list(pairs)
+        return sampled
 
 
 class Sampler:
@@ -37,13 +74,23 @@ class Sampler:
         sequences: Seq[Sequence],
         accepted: Seq[Seq[int]] | None = None,
     ) -> list[SampledToken]:
-        """One token for each row of `logits` `[N, vocab]`; `sequences[i]` owns row i.
+        """One token for each row of `logits`: `launch`, and its tokens."""
+        return self.launch(logits, sequences, accepted).tokens()
+
+    def launch(
+        self,
+        logits: Tensor,
+        sequences: Seq[Sequence],
+        accepted: Seq[Seq[int]] | None = None,
+    ) -> Sampled:
+        """Sample one token for each row of `logits` `[N, vocab]`; `sequences[i]` owns row i.
 
         `accepted[i]` are the ids between the sequence's last token and the row, where its draft
         was right.
 
-        The rows are finite, or -inf for an id that can't come; the runner sees to it.
-        Log-probabilities are the model's, before penalties, temperature and cuts.
+        A row should be finite, or -inf for an id that can't come. Of one that isn't comes some id
+        of the vocabulary, and its neighbours don't notice. Log-probabilities are the model's,
+        before penalties, temperature and cuts. Nothing here waits for the device.
         """
         logits = logits.float()
         params = [sequence.request.sampling_params for sequence in sequences]
@@ -53,13 +100,11 @@ class Sampler:
         chosen = adjusted.argmax(-1)
         random = [i for i, p in enumerate(params) if not p.greedy]
         if random:
-            rows = torch.tensor(random, device=logits.device)
+            rows = to_device(random, logits.device)
             picked = self._draw(adjusted[rows], [sequences[i] for i in random])
             chosen = chosen.index_copy(0, rows, picked)
-        sampled = [SampledToken(token_id=token) for token in chosen.tolist()]
-        if raw is not None:
-            self._report(raw, chosen, wants_logprobs, params, sampled)
-        return sampled
+        report = None if raw is None else _report(raw, chosen, wants_logprobs, params)
+        return Sampled(chosen, params, HostCopy(chosen), report)
 
     @contextmanager
     def unmoved_by_a_fault(self, sequences: Seq[Sequence]) -> Iterator[None]:
@@ -112,11 +157,12 @@ class Sampler:
             if penalised:
                 self._penalise(row, sequence, accepted[i], p)
             if p.logit_bias:
-                ids = torch.tensor(list(p.logit_bias), device=row.device)
-                row[ids] += torch.tensor(list(p.logit_bias.values()), device=row.device)
+                ids = to_device(list(p.logit_bias), row.device)
+                row[ids] += to_device(list(p.logit_bias.values()), row.device, row.dtype)
             if too_short:
                 ends = [*p.stop_token_ids, *sequence.request.eos_token_ids]
-                row[[token for token in ends if token < row.shape[0]]] = float("-inf")
+                ends = [token for token in ends if token < row.shape[0]]
+                row[to_device(ends, row.device)] = float("-inf")
         return adjusted
 
     def _penalise(
@@ -128,11 +174,14 @@ class Sampler:
         if state.output_counts is None or state.prompt_mask is None:
             state.output_counts = torch.zeros_like(row)
             state.prompt_mask = torch.zeros_like(row, dtype=torch.bool)
-            prompt = torch.tensor(sequence.request.prompt_token_ids, device=row.device)
-            state.prompt_mask[prompt[prompt < row.shape[0]]] = True
+            prompt = [token for token in sequence.request.prompt_token_ids if token < row.shape[0]]
+            state.prompt_mask[to_device(prompt, row.device)] = True
         new = [*sequence.output_token_ids, *accepted][state.num_counted :]
         state.num_counted += len(new)
-        ids = torch.tensor(new, dtype=torch.int64, device=row.device)
+        if new and new[-1] == UNKNOWN_TOKEN:  # the device knows it
+            ids = torch.cat((to_device(new[:-1], row.device), sequence.newest))
+        else:
+            ids = to_device(new, row.device)
         state.output_counts.index_add_(0, ids, torch.ones_like(ids, dtype=row.dtype))
         seen = state.output_counts > 0
         repeated = seen | state.prompt_mask
@@ -146,16 +195,14 @@ class Sampler:
         device = logits.device
 
         def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, device=device, dtype=torch.float32)[:, None]
+            return to_device(values, device, torch.float32)[:, None]
 
         logits = logits / column([p.temperature for p in params])
         probs = logits.softmax(-1)
         if any(p.top_k > 0 or p.top_p < 1.0 for p in params):
             probs = cut_top(
                 probs,
-                torch.tensor(
-                    [p.top_k if p.top_k > 0 else logits.shape[1] for p in params], device=device
-                ),
+                to_device([p.top_k if p.top_k > 0 else logits.shape[1] for p in params], device),
                 column([p.top_p for p in params]),
             )
         if any(p.min_p > 0 for p in params):
@@ -163,47 +210,34 @@ class Sampler:
             probs = probs.masked_fill(probs < floor, 0.0)
         # float64: over a large vocabulary float32 sums lose the tail.
         cumulative = probs.double().cumsum(-1)
-        uniform = torch.stack(
+        uniform = to_device(
             [
-                torch.rand(1, generator=self._state(s).generator, dtype=torch.float64)
+                torch.rand(1, generator=self._state(s).generator, dtype=torch.float64).tolist()
                 for s in sequences
-            ]
-        ).to(device)
+            ],
+            device,
+            torch.float64,
+        )
         # `right`: the first id whose cumulative probability exceeds the draw, never one of zero.
         index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
         last = (probs > 0).double().cumsum(-1).argmax(-1, keepdim=True)  # the last id not cut
         return torch.minimum(index, last).squeeze(1)
 
-    def _report(
-        self,
-        raw: Tensor,
-        chosen: Tensor,
-        wanted: list[int],
-        params: list[SamplingParams],
-        sampled: list[SampledToken],
-    ) -> None:
-        """Fill in log-probabilities of the rows in `wanted`."""
-        rows = raw[torch.tensor(wanted, device=raw.device)]
-        tokens = chosen[torch.tensor(wanted, device=raw.device)][:, None]
-        own = rows.gather(1, tokens)
-        ranks = ((rows > own).sum(-1) + 1).tolist()
-        width = min(max(params[i].logprobs or 0 for i in wanted), raw.shape[1])
-        top = rows.topk(width, dim=-1) if width else None
-        for position, i in enumerate(wanted):
-            num = min(params[i].logprobs or 0, width)
-            sampled[i].logprob = float(own[position])
-            sampled[i].rank = ranks[position]
-            sampled[i].top_logprobs = (
-                list(
-                    zip(
-                        top.indices[position, :num].tolist(),
-                        top.values[position, :num].tolist(),
-                        strict=True,
-                    )
-                )
-                if top is not None
-                else []
-            )
+
+def _report(raw: Tensor, chosen: Tensor, wanted: list[int], params: list[SamplingParams]) -> Report:
+    """What the rows in `wanted` ask to know, of log-probabilities `raw` `[N, vocab]`."""
+    picked = to_device(wanted, raw.device)
+    rows = raw[picked]
+    own = rows.gather(1, chosen[picked][:, None])
+    ranks = (rows > own).sum(-1) + 1
+    width = min(max(params[i].logprobs or 0 for i in wanted), raw.shape[1])
+    top = rows.topk(width, dim=-1) if width else None
+    return Report(
+        wanted,
+        HostCopy(own.squeeze(1)),
+        HostCopy(ranks),
+        (HostCopy(top.indices), HostCopy(top.values)) if top is not None else None,
+    )
 
 
 def cut_top(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

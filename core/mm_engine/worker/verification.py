@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from torch import Tensor
 
 from mm_engine.sequence import SampledToken, ScheduledSequence
-from mm_engine.worker.sampler import Sampler
+from mm_engine.worker.sampler import Sampled, Sampler
+from mm_engine.worker.transfers import to_device
 
 
-def sample_shares(
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was sampled where there were drafts: nothing of it is on its way any more."""
+
+    ids: Tensor  # [N] the newest id of each share, on the device
+    known: list[SampledToken]
+
+    def tokens(self) -> list[SampledToken]:
+        """One for each share."""
+        return self.known
+
+
+def launch_shares(
     sampler: Sampler, logits: Tensor, shares: Seq[ScheduledSequence]
-) -> list[SampledToken]:
+) -> Sampled | Verified:
     """What each share's sequence goes on with: one token, and more as far as its draft is right.
 
     `logits` `[R, vocab]` holds, share after share, the row of the last known token and those of
@@ -23,11 +36,11 @@ def sample_shares(
     Each token is sampled as it would be in a step of its own, with the same random number and the
     penalties of all before it. If it is the draft's, the draft's row is that of the next step, and
     the next token is sampled from it; else it is the last. So a draft decides how many tokens a
-    step brings, and never which.
+    step brings, and never which. Where there are drafts, the device is waited for.
     """
     sequences = [share.sequence for share in shares]
     if not any(share.draft_token_ids for share in shares):
-        return sampler.sample(logits, sequences)
+        return sampler.launch(logits, sequences)
     first_rows = [0, *accumulate(1 + len(share.draft_token_ids) for share in shares)]
     taken: list[list[SampledToken]] = [[] for _ in shares]
     going = list(range(len(shares)))
@@ -39,7 +52,8 @@ def sample_shares(
             for i, token in zip(going, sampled, strict=True):
                 taken[i].append(token)
             going = [i for i in going if _is_right(shares[i], taken[i])]
-    return [replace(tokens[-1], accepted=tuple(tokens[:-1])) for tokens in taken]
+    known = [replace(tokens[-1], accepted=tuple(tokens[:-1])) for tokens in taken]
+    return Verified(to_device([token.token_id for token in known], logits.device), known)
 
 
 def _is_right(share: ScheduledSequence, tokens: Seq[SampledToken]) -> bool:
