@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from mm_engine.attention.backend import Attention
@@ -16,6 +16,7 @@ from mm_engine.attention.metadata import AttentionMetadata
 from mm_engine.attention.torch_sdpa import TorchAttention
 from mm_engine.config import ModelContext
 from mm_engine.models import TransformersDecoder
+from mm_engine.models.weights import weight_targets
 
 BLOCK_SIZE = 4
 
@@ -78,3 +79,8 @@ def transformers_logits(decoder: TransformersDecoder, config: Any, ids: Tensor) 
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
     return logits
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint may name of `model`, by name."""
+    return {name: target.tensor for name, target in weight_targets(model).items()}

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mm_engine.errors import StartupError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 #: `max_decode_slowdown` of `engine serve`, unless its flag says otherwise.
@@ -53,6 +54,7 @@ class EngineConfig:
     seed: int = 0
     load_format: str = "auto"  # auto (safetensors) or dummy (random weights)
     attention_backend: str = "auto"
+    tensor_parallel_size: int = 1  # processes, each with a device, that share one model's weights
     limit_mm_per_prompt: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_LIMITS))
     plugins: tuple[str, ...] = ()  # `--plugin`: `Architecture=distribution`, or a path to one file
     hook_timeout: float = 30.0  # seconds that one call of a plugin's hook or mapper may take
@@ -65,7 +67,12 @@ class EngineConfig:
         Raises:
             StartupError: naming the option and its value.
         """
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "tensor_parallel_size",
+        ):
             value = getattr(self, name)
             _check(type(value) is int and value >= 1, name, value, "a positive integer")
         for name in ("kv_cache_memory", "encoder_cache_memory"):
@@ -149,6 +156,79 @@ def _check(ok: bool, name: str, value: object, wanted: str) -> None:
         raise StartupError(f"{name} is out of range: {value!r}. Give {wanted}.")
 
 
+class Group(Protocol):
+    """What the processes that hold parts of one model do together; each calls the same."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of the processes' `x`."""
+        ...
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """`[size, *x.shape]`: every process's `x`, by rank."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The rows (or columns) from `start` on, `length` of them, of a weight that has `whole`.
+
+    The last processes' pieces may reach past the whole; what lies there is nobody's.
+    """
+
+    start: int
+    length: int
+    whole: int
+    shard: Shard
+
+    @property
+    def num_real(self) -> int:
+        """How many of `length` lie inside the whole."""
+        return max(0, min(self.length, self.whole - self.start))
+
+
+class Shard:
+    """Which part of a model this process holds: the one of `rank` among `size` equal ones."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        assert 0 <= rank < size
+        self.rank, self.size = rank, size
+        self._group: Group | None = None  # joined when all processes are there
+
+    def join(self, group: Group) -> None:
+        """Compute with the processes of `group` from now on."""
+        self._group = group
+
+    @property
+    def group(self) -> Group:
+        """The processes that hold the parts; more than one."""
+        assert self._group is not None, "a shard has joined its group before it computes"
+        return self._group
+
+    def piece(self, num: int, unit: int, what: str, *, shared: bool = False) -> Piece:
+        """This process's part of `num` things, such as heads, of `unit` rows each.
+
+        With `shared`, several processes may hold the same one where there are fewer than processes.
+
+        Raises:
+            StartupError: they can't be shared out evenly; the message names `what`.
+        """
+        if num % self.size == 0:
+            length = num // self.size
+            return Piece(self.rank * length * unit, length * unit, num * unit, self)
+        if shared and self.size % num == 0:
+            return Piece(self.rank * num // self.size * unit, unit, num * unit, self)
+        fitting = [n for n in range(1, num + 1) if num % n == 0 and n <= self.size]
+        raise StartupError(
+            f"{num} {what} can't be shared out to {self.size} processes. "
+            f"Use --tensor-parallel-size {max(fitting)}."
+        )
+
+    def padded_piece(self, num: int) -> Piece:
+        """This process's part of `num` rows that needn't be a multiple of `size`."""
+        length = -(-num // self.size)
+        return Piece(self.rank * length, length, num, self)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelContext:
     """What a plugin is told about the model that it serves; the first argument of every hook.
@@ -163,6 +243,7 @@ class ModelContext:
     max_model_len: int  # the most tokens of prompt and answer together
     limits: Mapping[str, int]  # items per prompt, by modality: {"image": 8}
     architecture: str  # the one in config.json, by which the plugin was found
+    shard: Shard = field(default_factory=Shard)  # which part of the weights this process holds
 
     @property
     def text_config(self) -> Any:

@@ -13,11 +13,11 @@ from transformers import LlavaForConditionalGeneration
 from transformers.core_model_loading import PrefixChange, WeightRenaming
 
 from checkpoints import make_llava, text_config
-from decoding import make_decoder
+from decoding import make_decoder, weights_of
 from mm_engine.config import EngineConfig
 from mm_engine.errors import StartupError
 from mm_engine.models.joined_weights import JoinedWeights
-from mm_engine.models.weights import WeightReport, load_into, weight_targets
+from mm_engine.models.weights import WeightReport, load_into
 from mm_engine.worker.loader import load_model, open_model
 
 Rewrite = Callable[..., Path]
@@ -49,7 +49,7 @@ def test_experts_are_joined_in_the_order_of_their_numbers(
     reversed_order = dict(reversed(apart.items()))
     oracle = LlavaForConditionalGeneration.from_pretrained(saved, dtype=torch.float32)
     expected = oracle.model.language_model.state_dict()
-    loaded = weight_targets(load(rewrite(saved, reversed_order, num_shards)).language_model)
+    loaded = weights_of(load(rewrite(saved, reversed_order, num_shards)).language_model)
     joined = [name for name in loaded if name.endswith(("gate_up_proj", "down_proj"))]
     assert len(joined) == 4
     for name in joined:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from decoding import weights_of
 from mm_engine.models.layers import Linear, pack_linears
-from mm_engine.models.weights import load_into, weight_targets
+from mm_engine.models.weights import load_into
 
 needs_bfloat16 = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
@@ -35,7 +36,7 @@ def noise(*shape: int) -> Tensor:
 
 def test_parts_of_a_fused_layer_are_loaded_by_their_own_names() -> None:
     block = nn.ModuleDict({"block": Block()})
-    weights = {name: noise(*tensor.shape) for name, tensor in weight_targets(block).items()}
+    weights = {name: noise(*tensor.shape) for name, tensor in weights_of(block).items()}
     assert sorted(weights) == [
         "block.first.bias",
         "block.first.weight",

@@ -25,13 +25,20 @@ from transformers import (
 
 from backbones import FULL, OTHER_BACKBONES, SLIDING, WINDOW
 from checkpoints import make_llava, text_config, vision_config
-from decoding import layers_of, make_context, make_decoder, run_paged, transformers_logits
+from decoding import (
+    layers_of,
+    make_context,
+    make_decoder,
+    run_paged,
+    transformers_logits,
+    weights_of,
+)
 from mm_engine.config import EngineConfig
 from mm_engine.models import TransformersDecoder, build_decoder
 from mm_engine.models.layers import pack_linears
 from mm_engine.models.transformers_attention import IMPLEMENTATION
 from mm_engine.models.transformers_parts import CalledLinear, keep_float32
-from mm_engine.models.weights import fill_random, weight_targets
+from mm_engine.models.weights import fill_random
 from mm_engine.worker.loader import load_model, open_model
 
 SIZES: dict[str, Any] = {
@@ -133,16 +140,16 @@ def test_the_configs_own_object_stays_as_it_is() -> None:
 
 def test_embeddings_are_scaled_as_transformers_scales_them() -> None:
     decoder, ids = make_decoder(text_config("gemma2")), torch.tensor([5, 0, 9])
-    plain = weight_targets(decoder)["embed_tokens.weight"][ids]
+    plain = weights_of(decoder)["embed_tokens.weight"][ids]
     torch.testing.assert_close(decoder.embed_tokens(ids), plain * 8.0)  # sqrt(64)
 
 
 def test_a_tied_head_is_the_embeddings_until_it_is_untied() -> None:
     decoder = make_decoder(text_config("gemma2", tie_word_embeddings=True))
-    embeddings = weight_targets(decoder)["embed_tokens.weight"]
+    embeddings = weights_of(decoder)["embed_tokens.weight"]
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     assert decoder.lm_head is None
-    assert "lm_head.weight" not in weight_targets(decoder)
+    assert "lm_head.weight" not in weights_of(decoder)
     expected = 3.0 * torch.tanh(hidden @ embeddings.T / 3.0)  # final_logit_softcapping
     torch.testing.assert_close(decoder.compute_logits(hidden), expected)
     head = decoder.untie()
@@ -203,9 +210,9 @@ def test_logits_are_capped_by_a_composite_model_that_caps_them() -> None:
 def test_the_composite_models_head_decides_about_a_bias() -> None:
     config = PhiConfig(**SIZES)
     decoder, _ = logits_of(config, config)
-    assert "lm_head.bias" in weight_targets(decoder)
+    assert "lm_head.bias" in weights_of(decoder)
     decoder, plain = logits_of(config, whole(LlavaConfig, config))
-    assert "lm_head.bias" not in weight_targets(decoder)
+    assert "lm_head.bias" not in weights_of(decoder)
     torch.testing.assert_close(decoder.compute_logits(HIDDEN), plain)
 
 
@@ -215,7 +222,7 @@ def test_a_composite_model_takes_no_memory_and_brings_no_weights() -> None:
     decoder, _ = logits_of(config, whole(LlavaConfig, config))
     assert decoder.composite is not None
     decoder.compute_logits(HIDDEN)
-    assert weight_targets(decoder).keys() == weight_targets(alone).keys()
+    assert weights_of(decoder).keys() == weights_of(alone).keys()
     own = set(decoder.parameters())
     others = {p for p in decoder.composite.model.parameters() if p not in own}
     assert others and all(parameter.is_meta for parameter in others)
@@ -341,5 +348,5 @@ def test_a_checkpoint_of_a_tied_backbone_loads_without_a_head(tmp_path: Path) ->
 
 def test_biases_of_a_plain_config_are_loaded_by_their_names() -> None:
     config = LlamaConfig(**SIZES, attention_bias=True)
-    names = weight_targets(make_decoder(config))
+    names = weights_of(make_decoder(config))
     assert {"layers.1.self_attn.q_proj.bias", "lm_head.weight", "norm.weight"} <= set(names)

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from checkpoints import make_llava
+from decoding import weights_of
 from mm_engine import LLM, SamplingParams
 from mm_engine.config import EngineConfig
 from mm_engine.errors import StartupError
-from mm_engine.models.weights import weight_targets
 from mm_engine.worker.loader import load_model, open_model
 
 Weights = dict[str, Tensor]
@@ -55,7 +55,7 @@ def load_whole(checkpoint: Path, dtype: str = "float32", **options: Any) -> Any:
 
 def load(checkpoint: Path, **options: Any) -> Weights:
     """What the plugin's model holds, by the names that a checkpoint may use."""
-    return weight_targets(load_whole(checkpoint, **options))
+    return weights_of(load_whole(checkpoint, **options))
 
 
 def refused(checkpoint: Path) -> str:
@@ -104,7 +104,7 @@ def test_the_hub_layout_sharded_answers_as_what_save_pretrained_wrote(
 def test_weights_are_converted_to_the_dtype_asked_for(saved: Path, weights: Weights) -> None:
     model = load_whole(saved, "float16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
-    assert_as_transformers(weight_targets(model), weights)
+    assert_as_transformers(weights_of(model), weights)
 
 
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"

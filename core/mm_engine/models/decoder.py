@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 from mm_engine_kernels import reference
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from mm_engine.attention.backend import Attention
 from mm_engine.attention.metadata import AttentionMetadata
-from mm_engine.config import ModelContext
+from mm_engine.config import ModelContext, Piece, Shard
 from mm_engine.errors import StartupError
 from mm_engine.models.layers import Linear, RMSNorm, RotaryTable
 from mm_engine.models.transformers_decoder import TransformersDecoder
@@ -26,18 +27,22 @@ logger = logging.getLogger(__name__)
 class DecoderAttention(nn.Module):
     """Fused projections, rotary positions, paged attention."""
 
-    def __init__(self, config: Any, *, qkv_bias: bool, out_bias: bool, window: int | None) -> None:
+    def __init__(
+        self, config: Any, shard: Shard, *, qkv_bias: bool, out_bias: bool, window: int | None
+    ) -> None:
         super().__init__()
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        dim = head_size(config)
-        self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads, dim
+        dim = self.head_dim = head_size(config)
+        heads = shard.piece(config.num_attention_heads, dim, "attention heads")
+        # Fewer than processes: several hold the same one.
+        kv_heads = shard.piece(config.num_key_value_heads, dim, "key/value heads", shared=True)
+        self.num_heads, self.num_kv_heads = heads.length // dim, kv_heads.length // dim
         self.qkv_proj = Linear(
             config.hidden_size,
-            {"q_proj": heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim},
+            {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads},
             bias=qkv_bias,
         )
-        self.o_proj = Linear(heads * dim, config.hidden_size, bias=out_bias)
-        self.attention = Attention(heads, kv_heads, dim, sliding_window=window)
+        self.o_proj = Linear(heads, config.hidden_size, bias=out_bias)
+        self.attention = Attention(self.num_heads, self.num_kv_heads, dim, sliding_window=window)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], metadata: AttentionMetadata
@@ -54,9 +59,9 @@ class DecoderAttention(nn.Module):
 class DecoderMLP(nn.Module):
     """`down(silu(gate(x)) * up(x))`, gate and up fused."""
 
-    def __init__(self, config: Any, *, bias: bool) -> None:
+    def __init__(self, config: Any, shard: Shard, *, bias: bool) -> None:
         super().__init__()
-        size = config.intermediate_size
+        size = shard.piece(config.intermediate_size, 1, "rows of the MLP")
         self.gate_up_proj = Linear(
             config.hidden_size, {"gate_proj": size, "up_proj": size}, bias=bias
         )
@@ -71,14 +76,16 @@ class DecoderMLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One block; the residual stream is handed on beside its norm's input, to fuse the addition."""
 
-    def __init__(self, config: Any, *, qkv_bias: bool, out_bias: bool, window: int | None) -> None:
+    def __init__(
+        self, config: Any, shard: Shard, *, qkv_bias: bool, out_bias: bool, window: int | None
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = DecoderAttention(
-            config, qkv_bias=qkv_bias, out_bias=out_bias, window=window
+            config, shard, qkv_bias=qkv_bias, out_bias=out_bias, window=window
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = DecoderMLP(config, bias=getattr(config, "mlp_bias", False))
+        self.mlp = DecoderMLP(config, shard, bias=getattr(config, "mlp_bias", False))
 
     def forward(
         self,
@@ -119,6 +126,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(
                 config,
+                ctx.shard,
                 qkv_bias=qkv_bias,
                 out_bias=attention_bias,
                 window=layer_window(config, i) if features.get("sliding_window") else None,
@@ -127,7 +135,8 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings or ctx.hf_config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size)
+        self.vocab = ctx.shard.padded_piece(config.vocab_size)
+        self.lm_head = None if tied else Linear(config.hidden_size, self.vocab)
         self.rotary = RotaryTable(config, head_size(config), ctx.max_model_len)
 
     #: Checkpoint names that differ from the attributes here (`embed_tokens` is a method).
@@ -136,7 +145,7 @@ class Decoder(nn.Module):
     def untie(self) -> Linear:
         """Make a head, uninitialised: the checkpoint brings one, whatever its config says."""
         like = self.embedding.weight
-        self.lm_head = Linear(like.shape[1], like.shape[0]).to(like.device, like.dtype)
+        self.lm_head = Linear(like.shape[1], self.vocab).to(like.device, like.dtype)
         return self.lm_head
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
@@ -163,10 +172,28 @@ class Decoder(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """`[N, hidden]` to `[N, vocab]`."""
-        if self.lm_head is None:
-            return reference.linear(hidden, self.embedding.weight)
-        logits: Tensor = self.lm_head(hidden)
+        return gathered_logits(self.vocab, hidden, self.embedding.weight, self.lm_head)
+
+
+def gathered_logits(
+    vocab: Piece, hidden: Tensor, embeddings: Tensor, head: nn.Module | None
+) -> Tensor:
+    """Logits `[N, vocab]` of `hidden` `[N, hidden]`, of which each process computes its piece.
+
+    Without a `head`, which holds this process's piece, they are by the `embeddings`
+    `[vocab, hidden]`, which each process has whole.
+    """
+    end = vocab.start + vocab.num_real
+    if head is not None:
+        logits: Tensor = head(hidden)
+    else:
+        logits = reference.linear(hidden, embeddings[vocab.start : end])
+    if vocab.shard.size == 1:
         return logits
+    if logits.shape[1] < vocab.length:
+        logits = pad(logits, (0, vocab.length - logits.shape[1]))
+    gathered = vocab.shard.group.all_gather(logits)  # [size, N, length]
+    return gathered.transpose(0, 1).flatten(1)[:, : vocab.whole]
 
 
 def head_size(config: Any) -> int:

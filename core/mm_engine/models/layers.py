@@ -10,22 +10,41 @@ from mm_engine_kernels import reference
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from mm_engine.config import Piece
 from mm_engine.errors import StartupError
+
+
+def length_of(size: int | Piece) -> int:
+    """How much of it this process holds."""
+    return size.length if isinstance(size, Piece) else size
 
 
 class Linear(nn.Module):
     """A linear layer, possibly several fused into one: `parts` maps each one's name to its rows.
 
     A checkpoint's `<parent>.<part>.weight` is loaded into that part's rows of `weight`.
+
+    A size may be a `Piece`: then this process holds that piece of the weight. With a piece of the
+    inputs, what the processes compute is summed.
     """
 
     def __init__(
-        self, in_features: int, out_features: int | Mapping[str, int], *, bias: bool = False
+        self,
+        in_features: int | Piece,
+        out_features: int | Piece | Mapping[str, int | Piece],
+        *,
+        bias: bool = False,
     ) -> None:
         super().__init__()
-        self.parts = {} if isinstance(out_features, int) else dict(out_features)
-        rows = out_features if isinstance(out_features, int) else sum(out_features.values())
-        self.weight = nn.Parameter(torch.empty(rows, in_features), requires_grad=False)
+        self.parts: dict[str, int | Piece] = {}
+        self.columns = in_features if isinstance(in_features, Piece) else None
+        self.rows = out_features if isinstance(out_features, Piece) else None
+        if isinstance(out_features, Mapping):
+            self.parts = dict(out_features)
+            rows = sum(length_of(part) for part in out_features.values())
+        else:
+            rows = length_of(out_features)
+        self.weight = nn.Parameter(torch.empty(rows, length_of(in_features)), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
         self.packed: Tensor | None = None
 
@@ -46,13 +65,19 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(0, dtype=plain.dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in]` to `[..., out]`."""
+        """`[..., in]` to `[..., out]`: of this process's pieces of them."""
+        if self.columns is None or self.columns.shard.size == 1:
+            return self._product(x, self.bias)
+        summed = self.columns.shard.group.all_reduce(self._product(x, None))
+        return summed if self.bias is None else summed + self.bias
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed is not None:
             packed: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self.packed, self.bias, "none", [], ""
+                x, self.packed, bias, "none", [], ""
             )
             return packed
-        return reference.linear(x, self.weight, self.bias)
+        return reference.linear(x, self.weight, bias)
 
 
 class RMSNorm(nn.Module):

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm_engine.config import Piece
 from mm_engine.errors import StartupError
-from mm_engine.models.layers import Linear
+from mm_engine.models.layers import Linear, length_of
 
 
 @dataclass(slots=True)
@@ -22,36 +23,69 @@ class WeightReport:
     missing: list[str] = field(default_factory=list)  # names in the model
 
 
-def weight_targets(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor that a checkpoint may name, as a view into the model's parameters.
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a checkpoint's tensor goes: a view into the model's parameters, and its piece of it."""
+
+    tensor: Tensor
+    rows: Piece | None = None  # None: all of the checkpoint's
+    columns: Piece | None = None
+
+    @property
+    def shape(self) -> list[int]:
+        """The shape that the checkpoint's tensor must have."""
+        shape = list(self.tensor.shape)
+        for dim, piece in ((0, self.rows), (1, self.columns)):
+            if piece is not None and dim < len(shape):
+                shape[dim] = piece.whole
+        return shape
+
+    def pieces(self, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's piece of the checkpoint's tensor, and the place for it."""
+        place = self.tensor
+        for dim, piece in ((0, self.rows), (1, self.columns)):
+            if piece is not None and dim < place.dim():
+                start = min(piece.start, piece.whole)
+                whole = whole.narrow(dim, start, piece.num_real)
+                place = place.narrow(dim, 0, piece.num_real)
+        return whole, place
+
+
+def weight_targets(model: nn.Module) -> dict[str, Target]:
+    """Every tensor that a checkpoint may name, and where it goes.
 
     The parts of a fused `Linear` are named as the layers that they were before fusing.
     """
-    targets: dict[str, Tensor] = {}
+    targets: dict[str, Target] = {}
     public = checkpoint_names(model)
     for module_name, module in model.named_modules():
         if isinstance(module, Linear) and module.parts:
             parent = module_name.rpartition(".")[0]
             start = 0
             for part, rows in module.parts.items():
+                piece = rows if isinstance(rows, Piece) else None
+                length = length_of(rows)
                 for name, parameter in module.named_parameters(recurse=False):
-                    full = public(f"{parent}.{part}.{name}")
-                    targets[full] = parameter.data.narrow(0, start, rows)
-                start += rows
+                    view = parameter.data.narrow(0, start, length)
+                    targets[public(f"{parent}.{part}.{name}")] = Target(view, piece)
+                start += length
         else:
+            rows_, columns = None, None
+            if isinstance(module, Linear):
+                rows_, columns = module.rows, module.columns
             for name, parameter in module.named_parameters(module_name, recurse=False):
-                targets[public(name)] = parameter.data
+                targets[public(name)] = Target(parameter.data, rows_, columns)
     return targets
 
 
-def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+def persistent_buffers(model: nn.Module) -> dict[str, Target]:
     """Buffers that a state dict holds (a batch norm's statistics), by name.
 
     A checkpoint may bring them; one that it doesn't keeps what the constructor computed.
     """
     public = checkpoint_names(model)
     return {
-        public(f"{module_name}.{name}".lstrip(".")): buffer
+        public(f"{module_name}.{name}".lstrip(".")): Target(buffer)
         for module_name, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
@@ -129,8 +163,9 @@ def load_into(
         if embeddings not in report.loaded:
             _copy(name, tensor, targets[embeddings])
             report.loaded.add(embeddings)
-        elif not torch.equal(tensor.to(targets[embeddings]), targets[embeddings]):
-            _copy(name, tensor, backbone.untie().weight.data)
+        elif not torch.equal(tensor.to(targets[embeddings].tensor), targets[embeddings].tensor):
+            head = backbone.untie()
+            _copy(name, tensor, Target(head.weight.data, head.rows))
             report.loaded.add(name)
     report.missing = sorted(targets.keys() - report.loaded)
     return report
@@ -158,28 +193,31 @@ def does_not_fit(error: BaseException) -> bool:
     )
 
 
-def _copy(name: str, tensor: Tensor, target: Tensor) -> None:
+def _copy(name: str, tensor: Tensor, target: Target) -> None:
     floating = tensor.is_floating_point() and tensor.element_size() >= 2
-    if not floating and tensor.dtype != target.dtype:  # a counter in a buffer is an integer
+    if not floating and tensor.dtype != target.tensor.dtype:  # a counter in a buffer is an integer
         raise StartupError(
             f"dtype of {name} in the checkpoint is not supported: {tensor.dtype}. "
             "Use a checkpoint that isn't quantised."
         )
-    if target.shape != tensor.shape:
+    if target.shape != list(tensor.shape):
         raise StartupError(
             f"shape of {name} in the checkpoint: {list(tensor.shape)}, but config.json "
-            f"makes it {list(target.shape)}. The two don't belong together."
+            f"makes it {target.shape}. The two don't belong together."
         )
-    target.copy_(tensor)
+    piece, place = target.pieces(tensor)
+    place.copy_(piece)
 
 
 def fill_random(model: nn.Module, seed: int) -> None:
     """Random weights of a sane scale, for `--load-format dummy`; equal for equal seeds."""
     generator = torch.Generator().manual_seed(seed)
-    for name, tensor in sorted(weight_targets(model).items()):
-        if tensor.dim() == 1 and name.endswith("weight"):
-            tensor.fill_(1.0)  # a norm's
+    for name, target in sorted(weight_targets(model).items()):
+        if target.tensor.dim() == 1 and name.endswith("weight"):
+            target.tensor.fill_(1.0)  # a norm's
         elif name.endswith("bias"):
-            tensor.zero_()
-        else:
-            tensor.copy_(torch.empty(tensor.shape).normal_(0.0, 0.02, generator=generator))
+            target.tensor.zero_()
+        else:  # whole, so that processes draw the same and keep their pieces
+            whole = torch.empty(target.shape).normal_(0.0, 0.02, generator=generator)
+            piece, place = target.pieces(whole)
+            place.copy_(piece)
