@@ -23,7 +23,16 @@ LAYERS = (
     {"attention"},
 )
 #: `contract` is none; it imports what it describes, by the names that it lists, when it is run.
-NOUNS = {"errors", "sampling_params", "request", "outputs", "config", "sequence", "contract"}
+NOUNS = {
+    "config",
+    "contract",
+    "errors",
+    "outputs",
+    "processes",
+    "request",
+    "sampling_params",
+    "sequence",
+}
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 
 #: A part of a name or a word in a comment, in any spelling: LlavaConfig, llava_next, "CLIP".

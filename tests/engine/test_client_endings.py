@@ -14,16 +14,18 @@ from pathlib import Path
 import pytest
 
 from engine_process import CONFIG, exists
+from mm_engine import processes
 from mm_engine.engine import client as client_module
 from mm_engine.engine.client import EngineClient
+from mm_engine.engine.process import SOCKET_NAME
 from mm_engine.errors import EngineDead, PluginError, StartupError
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where processes started in this test put their sockets."""
-    monkeypatch.setattr(client_module.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(client_module, "MAX_ADDRESS", 107)
+    monkeypatch.setattr(processes.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(processes, "MAX_ADDRESS", 107)
     return tmp_path
 
 
@@ -116,7 +118,7 @@ def test_a_plugin_that_fails_on_its_dummy_data_is_named(folder, pipeline) -> Non
 
 
 def test_a_process_that_dies_while_starting_is_noticed(folder, pipeline, monkeypatch) -> None:
-    monkeypatch.setattr(client_module.sys, "executable", "/bin/false")
+    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
     with pytest.raises(StartupError, match="exit status 1"):
         asyncio.run(EngineClient.start(CONFIG, pipeline.dummy_request()))
     assert list(folder.iterdir()) == []
@@ -189,15 +191,15 @@ def test_the_process_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
 def test_a_long_temporary_path_is_avoided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = tmp_path / ("x" * 100)
     long.mkdir()
-    monkeypatch.setattr(client_module.tempfile, "tempdir", str(long))
-    folder = client_module._new_folder()
+    monkeypatch.setattr(processes.tempfile, "tempdir", str(long))
+    folder = processes.private_folder(SOCKET_NAME)
     folder.rmdir()
-    assert len(str(folder)) < client_module.MAX_ADDRESS
+    assert len(str(folder)) < processes.MAX_ADDRESS
     assert list(long.iterdir()) == []
 
 
 def test_nobody_else_can_enter_the_sockets_folder() -> None:
-    folder = client_module._new_folder()
+    folder = processes.private_folder(SOCKET_NAME)
     mode = folder.stat().st_mode & 0o777
     folder.rmdir()
     assert mode == 0o700

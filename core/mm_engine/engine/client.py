@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
-from pathlib import Path
-from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -34,6 +27,7 @@ from mm_engine.errors import (
 )
 from mm_engine.outputs import ErrorInfo, RequestOutput
 from mm_engine.plugins.record import PluginRecord
+from mm_engine.processes import how_it_ended, private_folder, spawn
 from mm_engine.request import Request
 
 logger = logging.getLogger(__name__)
@@ -41,7 +35,6 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.2  # how often the process is looked at
 PING_SECONDS = 2.0  # how often an engine that is at work is asked for a sign of life
 SHUTDOWN_SECONDS = 5.0  # how long it may take to end when asked
-MAX_ADDRESS = 100  # bytes; the system's limit for a socket's path is 104 to 108
 
 
 class EngineClient:
@@ -53,16 +46,18 @@ class EngineClient:
         #: Items whose tensors the process has.
         self.sent = SentTensors(config.mm_processor_cache_memory)
         self._step_timeout = config.step_timeout
-        self._folder = _new_folder()
+        self._folder = private_folder(SOCKET_NAME)
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)
         address = f"ipc://{self._folder / SOCKET_NAME}"
         self._socket.bind(address)
-        self._process = _spawn(address)
+        log_level = logging.getLogger("mm_engine").getEffectiveLevel()
+        self._process = spawn("mm_engine.engine.process", address, os.getpid(), log_level)
         self._answers: dict[str, asyncio.Queue[RequestOutput | None]] = {}  # None: it is dead
         self._stats: deque[tuple[float, asyncio.Future[EngineStats]]] = deque()  # since, for whom
         self._death: str | None = None  # how the engine ended
+        self._last_words: str | None = None  # what it said about it
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -184,7 +179,7 @@ class EngineClient:
                 await asyncio.wait((task,), timeout=POLL_SECONDS)
                 if exited and not task.done():
                     raise StartupError(
-                        f"the engine process ended while starting: {self._how_it_ended()}. "
+                        f"the engine process ended while starting: {how_it_ended(self._process)}. "
                         "What it printed says why."
                     )
         finally:
@@ -215,6 +210,8 @@ class EngineClient:
                 answer = self._answers.get(output.request_id)
                 if answer is not None:  # else the caller left before it knew
                     answer.put_nowait(output)
+        elif isinstance(message, wire.Failed):
+            self._last_words = message.message
         elif isinstance(message, wire.Stats):
             _, future = self._stats.popleft()
             if not future.done():
@@ -239,7 +236,7 @@ class EngineClient:
                 self._ask_stats()
                 pinged = now
         await asyncio.sleep(POLL_SECONDS)  # for what it sent before
-        self._die(self._how_it_ended())
+        self._die(self._last_words or how_it_ended(self._process))
 
     def _die(self, how: str) -> None:
         """Tell everybody who waits that nothing more will come."""
@@ -257,13 +254,6 @@ class EngineClient:
     def _dead(self) -> EngineDead:
         return EngineDead(f"the engine has stopped: {self._death}. Start it again.")
 
-    def _how_it_ended(self) -> str:
-        code = self._process.poll() or 0
-        if code < 0:
-            with contextlib.suppress(ValueError):
-                return f"killed by {signal.Signals(-code).name}"
-        return f"exit status {code}"
-
     def _clean_up(self) -> None:
         self._process.wait()  # it has ended or was killed: no zombie stays
         self._socket.close(linger=0)
@@ -275,23 +265,3 @@ def _to_error(info: ErrorInfo) -> MMEngineError:
     if info.name == "RequestError":
         return RequestError(info.message, param=info.param)
     return ERRORS_BY_NAME.get(info.name, MMEngineError)(info.message)
-
-
-def _new_folder() -> Path:
-    """A fresh folder that only this user can enter, with a path short enough for a socket."""
-    folder = Path(tempfile.mkdtemp(prefix="mm-engine-"))
-    if len(os.fsencode(folder / SOCKET_NAME)) > MAX_ADDRESS:
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="mm-engine-", dir="/tmp"))
-    return folder
-
-
-def _spawn(address: str) -> subprocess.Popen[Any]:
-    log_level = logging.getLogger("mm_engine").getEffectiveLevel()
-    arguments = [address, str(os.getpid()), str(log_level)]
-    command = [sys.executable, "-m", "mm_engine.engine.process", *arguments]
-    # What the parent can import the child can too, and nothing else: not the current folder's.
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-    # What a plugin prints goes to stderr: the program's stdout is its own.
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, env=environment)

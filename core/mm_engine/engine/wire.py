@@ -89,7 +89,7 @@ class Ready(msgspec.Struct, tag=True):
 
 
 class Failed(msgspec.Struct, tag=True):
-    """From the engine: it can't start. `name` is a class in `errors.py`."""
+    """From the engine: it can't start, or not go on. `name` is a class in `errors.py`."""
 
     name: str
     message: str
