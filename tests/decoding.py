@@ -55,8 +55,8 @@ def run_paged(decoder: TransformersDecoder, ids: Tensor, chunks: Sequence[int]) 
     with torch.inference_mode():
         for num in chunks:
             places = torch.arange(start, start + num)
-            blocks = torch.arange(num_blocks)[None]
-            metadata = AttentionMetadata(
+            blocks = torch.arange(num_blocks, dtype=torch.int32)[None]
+            metadata = AttentionMetadata.of_lens(
                 TorchAttention(), caches, places, blocks, [num], [start + num]
             )
             embeddings = decoder.embed_tokens(ids[places])

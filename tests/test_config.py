@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mm_engine import LLM
-from mm_engine.config import EngineConfig
+from mm_engine.config import ATTENTION_BACKENDS, EngineConfig, backend_name
 from mm_engine.errors import StartupError
 
 
@@ -82,3 +82,24 @@ def test_speculation_is_said_in_one_place(options: dict[str, Any]) -> None:
     config = {"method": "ngram", "num_speculative_tokens": 5}
     with pytest.raises(StartupError, match=f"speculative_config and {next(iter(options))}. Put"):
         LLM("nothing is loaded", speculative_config=config, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        *((name, name) for name in ATTENTION_BACKENDS),
+        ("FLASH_ATTN", "flash-attn"),  # as vLLM writes them
+        ("TRITON_ATTN", "triton"),
+        ("TORCH_SDPA", "torch"),
+        ("Torch", "torch"),
+    ],
+)
+def test_an_attention_backend_may_be_written_as_in_vllm(text: str, name: str) -> None:
+    assert backend_name(text) == name
+    assert EngineConfig(model="m", attention_backend=text).attention_backend == text
+
+
+@pytest.mark.parametrize("text", ["", "magic", "flash", "auto ", None])
+def test_another_attention_backend_is_refused_before_anything_is_loaded(text: Any) -> None:
+    with pytest.raises(StartupError, match=f"^attention backend is not known: {text}. Use auto, "):
+        EngineConfig(model="m", attention_backend=text)

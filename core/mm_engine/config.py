@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 SERVED_DECODE_SLOWDOWN = 1.75
 MAX_PROMPT_LOOKUP = 32  # tokens; every length is looked up, and kept, for every token
 DEFAULT_LIMITS: Mapping[str, int] = {"image": 8}
+#: The attention backends by name; auto takes the first of the rest that can serve.
+ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "varlen", "torch")
+#: vLLM's names for them, in lower case with hyphens.
+_BACKENDS_OF_VLLM = {"triton-attn": "triton", "torch-sdpa": "torch"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +41,9 @@ class EngineConfig:
     #: How many times as long a step may take for the prompts and images that it holds beside
     #: decodes. `inf`: as long as max_num_batched_tokens make it.
     max_decode_slowdown: float = math.inf
-    block_size: int = 16  # tokens in one block of the KV cache
+    #: Tokens in one block of the KV cache; rounded up to a multiple of what the attention backend
+    #: takes (flash-attn: 256).
+    block_size: int = 16
     kv_cache_memory: int | None = None  # bytes; None: what is left after the profile run
     enable_prefix_caching: bool = True  # prompts that begin alike are computed once
     #: Bytes of features of images that are kept; None: 128 MiB, and no less than a step needs.
@@ -53,7 +59,7 @@ class EngineConfig:
     prompt_lookup_min: int = 2
     seed: int = 0
     load_format: str = "auto"  # auto (safetensors) or dummy (random weights)
-    attention_backend: str = "auto"
+    attention_backend: str = "auto"  # or one of `ATTENTION_BACKENDS`, also as vLLM writes them
     tensor_parallel_size: int = 1  # processes, each with a device, that share one model's weights
     limit_mm_per_prompt: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_LIMITS))
     plugins: tuple[str, ...] = ()  # `--plugin`: `Architecture=distribution`, or a path to one file
@@ -102,6 +108,23 @@ class EngineConfig:
         for modality, limit in self.limit_mm_per_prompt.items():
             ok = type(limit) is int and limit >= 0
             _check(ok, f"limit_mm_per_prompt of {modality}", limit, "an integer of at least 0")
+        backend_name(self.attention_backend)
+
+
+def backend_name(text: str) -> str:
+    """One of `ATTENTION_BACKENDS`, in any case, with hyphens or underscores, or vLLM's name for it.
+
+    Raises:
+        StartupError: it isn't one.
+    """
+    name = str(text).lower().replace("_", "-")
+    name = _BACKENDS_OF_VLLM.get(name, name)
+    if name not in ATTENTION_BACKENDS:
+        raise StartupError(
+            f"attention backend is not known: {text}. "
+            f"Use {', '.join(ATTENTION_BACKENDS[:-1])} or {ATTENTION_BACKENDS[-1]}."
+        )
+    return name
 
 
 def speculation_options(

@@ -2,125 +2,20 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mm_engine_kernels import reference
 from torch import Tensor
 
+from attention_steps import GARBAGE, MIXES, Step, assert_meets_reference, make_step
 from mm_engine.attention import torch_sdpa
-from mm_engine.attention.backend import Attention
-from mm_engine.attention.metadata import AttentionMetadata
-from mm_engine.attention.torch_sdpa import CALL_COST, MAX_PADDING, TorchAttention, cut_groups
+from mm_engine.attention.torch_sdpa import CALL_COST, MAX_PADDING, cut_groups
 
-GARBAGE = 3e4  # finite, and far larger than any score
-
-#: (new tokens, tokens in all) of each sequence in a step.
-MIXES: dict[str, list[tuple[int, int]]] = {
-    "one-decode": [(1, 9)],
-    "one-token": [(1, 1)],
-    "decodes": [(1, 30), (1, 31), (1, 2), (1, 17)],
-    "fresh-prompt": [(13, 13)],
-    "fresh-prompts": [(13, 13), (13, 13), (4, 4), (1, 1)],
-    "chunk": [(5, 40)],
-    "chunks": [(5, 40), (7, 40), (2, 3)],
-    "all-kinds": [(1, 25), (6, 6), (9, 33), (1, 1), (1, 60), (20, 20), (3, 35)],
-}
 HEADS = [(4, 4), (4, 2), (7, 1), (14, 2)]  # query and key heads: ratios 1, 2, 7
 WINDOWS = [None, 1, 4, 24, 1000]
-
-
-@dataclass
-class Step:
-    """A step's tensors: history in the cache, garbage in every slot that nothing was written to."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    metadata: AttentionMetadata
-    layer: Attention
-
-    def run(self) -> Tensor:
-        return TorchAttention().attend(self.query, self.key, self.value, self.layer, self.metadata)
-
-    def expected(self) -> Tensor:
-        meta, layer = self.metadata, self.layer
-        keys, values = (cache.clone() for cache in meta.kv_caches[layer.layer_index])
-        reference.write_kv(self.key, self.value, keys, values, meta.slot_mapping)
-        return reference.paged_attention(
-            self.query,
-            keys,
-            values,
-            meta.block_tables,
-            meta.query_lens,
-            meta.context_lens,
-            layer.scale,
-            layer.sliding_window,
-            layer.softcap,
-        )
-
-
-def make_step(
-    mix: list[tuple[int, int]],
-    *,
-    heads: tuple[int, int] = (4, 2),
-    head_dim: int = 24,
-    block_size: int = 16,
-    window: int | None = None,
-    softcap: float | None = None,
-    seed: int = 0,
-    garbage: float = GARBAGE,
-) -> Step:
-    """Lay `mix` out over blocks in random order, as the worker does."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    num_heads, num_kv_heads = heads
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    lens = [total for _, total in mix]
-    needed = [-(-total // block_size) for total in lens]
-    blocks = list(range(sum(needed) + 3))  # three are nobody's
-    rng.shuffle(blocks)
-    tables = [[blocks.pop() for _ in range(num)] for num in needed]
-    width = max(needed)
-    shape = (sum(needed) + 3, block_size, num_kv_heads, head_dim)
-    caches = (torch.full(shape, garbage), torch.full(shape, -garbage))
-    slots: list[int] = []
-    for table, (new, total) in zip(tables, mix, strict=True):
-        own = [table[i // block_size] * block_size + i % block_size for i in range(total)]
-        history = torch.tensor(own[: total - new], dtype=torch.int64)
-        for cache in caches:
-            cache.flatten(0, 1)[history] = noise(total - new, num_kv_heads, head_dim)
-        slots += own[total - new :]
-    num_tokens = len(slots)
-    # Query, key and value are slices of one fused projection, as in the decoder.
-    fused = noise(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
-    query, key, value = fused.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-    layer = Attention(num_heads, num_kv_heads, head_dim, sliding_window=window, softcap=softcap)
-    layer.layer_index = 1  # the first layer's cache must stay as it is
-    metadata = AttentionMetadata(
-        backend=TorchAttention(),
-        kv_caches=[(torch.zeros(shape), torch.zeros(shape)), caches],
-        slot_mapping=torch.tensor(slots),
-        block_tables=torch.tensor([t + t[:1] * (width - len(t)) for t in tables]),
-        query_lens=[new for new, _ in mix],
-        context_lens=lens,
-    )
-    return Step(query, key, value, metadata, layer)
-
-
-def assert_meets_reference(step: Step) -> None:
-    expected = step.expected()
-    got = step.run()
-    assert got.shape == step.query.shape
-    torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
-    assert not step.metadata.kv_caches[0][0].any()
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
@@ -217,11 +112,9 @@ def test_layers_of_a_step_may_differ_in_window_and_soft_cap() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 0.7], ids=["plain", "softcap"])
 def test_bfloat16_stays_near_the_reference(softcap: float | None) -> None:
-    step = make_step(MIXES["all-kinds"], garbage=100.0, softcap=softcap)
-    meta = step.metadata
-    step.query, step.key, step.value = (t.bfloat16() for t in (step.query, step.key, step.value))
-    meta.kv_caches = [(keys.bfloat16(), values.bfloat16()) for keys, values in meta.kv_caches]
-    torch.testing.assert_close(step.run(), step.expected(), rtol=2e-2, atol=2e-2)
+    mix = MIXES["all-kinds"]
+    step = make_step(mix, dtype=torch.bfloat16, garbage=100.0, softcap=softcap)
+    assert_meets_reference(step, 2e-2)
 
 
 def count_calls(step: Step, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import IMAGE_SIZE, make_llava
+from mm_engine.attention.torch_sdpa import TorchAttention
 from mm_engine.config import EngineConfig
 from mm_engine.errors import PluginError, StartupError
 from mm_engine.request import Item
@@ -246,11 +247,19 @@ def test_profiling_finds_an_encoder_that_breaks_its_contract(runner: ModelRunner
         runner.profile([request])
 
 
-def test_an_attention_backend_that_is_not_known_is_refused(runner: ModelRunner) -> None:
+def test_an_attention_backend_that_cannot_serve_is_refused(runner: ModelRunner) -> None:
     checkpoint = runner.opened.ctx.checkpoint
-    config = make_config(checkpoint, attention_backend="magic", load_format="dummy")
-    with pytest.raises(StartupError, match="attention backend is not known: magic"):
+    config = make_config(checkpoint, attention_backend="flash-attn", load_format="dummy")
+    with pytest.raises(StartupError, match="can't serve .*: flash-attn needs a CUDA card"):
         ModelRunner(open_model(config), config)
+
+
+def test_blocks_are_rounded_up_to_what_the_backend_takes(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TorchAttention, "block_multiple", 3)
+    config = make_config(runner.opened.ctx.checkpoint, load_format="dummy")
+    assert ModelRunner(open_model(config), config).block_size == 6
 
 
 def test_where_steps_are_long_few_are_timed(

@@ -8,13 +8,14 @@ their lengths differ by much), fresh prompts need neither gather nor mask.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from mm_engine_kernels import reference
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mm_engine.attention.backend import Attention
+from mm_engine.attention.backend import Attention, Needs
 from mm_engine.attention.metadata import AttentionMetadata
 
 #: A call is worth this many (query, key) pairs: below it, padding is cheaper than another call.
@@ -74,7 +75,15 @@ def cut_groups(query_lens: list[int], context_lens: list[int]) -> list[list[int]
 class TorchAttention:
     """The backend that runs wherever PyTorch runs; the others are held to it."""
 
-    name = "torch"
+    name: ClassVar = "torch"
+    block_multiple: ClassVar = 1
+    captures = False  # it cuts groups by lengths on the host, which a graph doesn't see
+    version = ""
+
+    @classmethod
+    def unfit(cls, needs: Needs) -> str | None:
+        """None: it serves everything."""
+        return None
 
     def attend(
         self,

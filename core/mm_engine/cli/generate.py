@@ -50,6 +50,7 @@ def generate(
     ] = 0.0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    attention_backend: options.AttentionBackend = "auto",
     max_model_len: options.MaxModelLen = None,
     load_format: options.LoadFormat = "auto",
     chat_template: options.ChatTemplate = None,
@@ -73,6 +74,7 @@ def generate(
     fields = options.engine_options(
         dtype=dtype,
         device=device,
+        attention_backend=attention_backend,
         max_model_len=max_model_len,
         kv_cache_memory=kv_cache_memory,
         seed=seed,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mm_engine.config import speculation_options
+from mm_engine.config import ATTENTION_BACKENDS, speculation_options
 from mm_engine.errors import StartupError
 
 MODEL_PANEL = "Model"
@@ -78,7 +78,21 @@ MaxNumBatchedTokens = Annotated[
 ]
 BlockSize = Annotated[
     int,
-    typer.Option(min=1, help="Tokens in one block of the KV cache.", rich_help_panel=MEMORY_PANEL),
+    typer.Option(
+        min=1,
+        help="Tokens in one block of the KV cache, rounded up to a multiple of what the attention "
+        "backend takes (flash-attn and varlen: 256).",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+AttentionBackend = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(ATTENTION_BACKENDS),
+        help="What computes attention; auto takes the first of the others that is installed and "
+        "can serve the model on this device. The log says which, and why.",
+        rich_help_panel=MODEL_PANEL,
+    ),
 ]
 
 

@@ -89,6 +89,7 @@ def serve(
     ] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    attention_backend: options.AttentionBackend = "auto",
     max_model_len: options.MaxModelLen = None,
     load_format: options.LoadFormat = "auto",
     chat_template: options.ChatTemplate = None,
@@ -142,6 +143,7 @@ def serve(
     fields = options.engine_options(
         dtype=dtype,
         device=device,
+        attention_backend=attention_backend,
         max_model_len=max_model_len,
         load_format=load_format,
         plugin=plugin,

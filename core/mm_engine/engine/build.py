@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +39,7 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
     """
     ctx = opened.ctx
     runner = ModelRunner(opened, config)
+    config = replace(config, block_size=runner.block_size)  # as the backend takes it
     max_item_rows = max((opened.plugin.max_tokens(ctx, name) for name in ctx.limits), default=0)
     max_encoder_rows = num_encoder_rows(config, max_item_rows, runner.encoder.bytes_per_row)
     start = time.perf_counter()

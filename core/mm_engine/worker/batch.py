@@ -79,11 +79,11 @@ def build_batch(
     if unknown:
         rows = to_device([row for row, _ in unknown], device)
         input_ids.index_copy_(0, rows, torch.cat([newest for _, newest in unknown]))
-    metadata = AttentionMetadata(
-        backend=backend,
-        kv_caches=kv_caches,
+    metadata = AttentionMetadata.of_lens(
+        backend,
+        kv_caches,
         slot_mapping=to_device(slots, device),
-        block_tables=to_device(tables, device),
+        block_tables=to_device(tables, device, torch.int32),
         query_lens=[share.num_rows for share in scheduled],
         context_lens=[share.start + share.num_rows for share in scheduled],
     )

@@ -12,10 +12,10 @@ import torch
 from mm_engine_kernels import reference
 from torch import Tensor
 
-from mm_engine.attention.backend import Attention
-from mm_engine.attention.torch_sdpa import TorchAttention
+from mm_engine.attention.backend import Attention, block_size_of
+from mm_engine.attention.select import choose, needs_of
 from mm_engine.config import EngineConfig
-from mm_engine.errors import MMEngineError, PluginError, StartupError
+from mm_engine.errors import MMEngineError, PluginError
 from mm_engine.outputs import ErrorInfo
 from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.request import Item, Request
@@ -41,7 +41,6 @@ class ModelRunner:
         self.opened = opened
         self.device = pick_device(config)
         self.dtype = opened.ctx.dtype
-        self.block_size = config.block_size
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.memory = DeviceMemory(self.device, config.memory_utilization)
         loaded = load_model(opened, self.device)
@@ -50,11 +49,9 @@ class ModelRunner:
         self.layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         for index, layer in enumerate(self.layers):
             layer.layer_index = index
-        if config.attention_backend not in ("auto", TorchAttention.name):
-            raise StartupError(
-                f"attention backend is not known: {config.attention_backend}. Use auto or torch."
-            )
-        self.backend = TorchAttention()
+        needs = needs_of(self.layers, self.device, self.dtype, block_size=config.block_size)
+        self.backend = choose(config.attention_backend, needs)
+        self.block_size = block_size_of(self.backend, config.block_size)
         self.vocab_size = int(opened.ctx.text_config.vocab_size)
         hidden_size = int(opened.ctx.text_config.hidden_size)
         self.encoder = Encoder(self.model, opened.plugin, hidden_size, self.device, self.dtype)

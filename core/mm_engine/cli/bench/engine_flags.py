@@ -29,6 +29,7 @@ class EngineFlags:
     ] = None
     dtype: options.Dtype = "auto"
     device: options.Device = "auto"
+    attention_backend: options.AttentionBackend = "auto"
     max_model_len: options.MaxModelLen = None
     load_format: options.LoadFormat = "auto"
     plugin: options.Plugins = None
