@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import PurePath
 from typing import Protocol
 
-from mm_engine.errors import MMEngineError, RequestError
+from mm_engine.errors import EngineDead, MMEngineError, RequestError
 from mm_engine.outputs import ErrorInfo
 from mm_engine.plugins.blame import may_be_the_users
 from mm_engine.request import Item
@@ -25,12 +25,27 @@ class Runner(Protocol):
     """
 
     def run(self, batch: ScheduledBatch) -> StepResult:
-        """Compute one step."""
+        """Compute one step.
+
+        Raises:
+            EngineDead: what it computes with is gone. Anything else costs the sequences of the step.
+        """
+        ...
+
+    def check(self) -> None:
+        """Raise `EngineDead` if what it computes with is gone."""
+        ...
+
+    def close(self) -> None:
+        """Give up the device, and the processes that hold others."""
         ...
 
 
 class FaultBarrier:
-    """A runner that never raises: what fails is run again alone, and only that gets an error."""
+    """A runner that never raises: what fails is run again alone, and only that gets an error.
+
+    But for `EngineDead`, which ends the engine: a part of the model is gone.
+    """
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -45,7 +60,7 @@ class FaultBarrier:
         try:
             return self._run(batch)
         except BaseException as error:  # a plugin's model may raise anything, SystemExit too
-            if may_be_the_users(error):
+            if _is_everybodys(error):
                 raise
             has_draft = any(share.draft_token_ids for share in batch.sequences)
             if len(batch.sequences) <= 1 and not has_draft:
@@ -57,6 +72,14 @@ class FaultBarrier:
                 type(error).__name__,
             )
         return self._run_each_alone(batch)
+
+    def check(self) -> None:
+        """See `Runner`."""
+        self._runner.check()
+
+    def close(self) -> None:
+        """See `Runner`."""
+        self._runner.close()
 
     def _run(self, batch: ScheduledBatch) -> StepResult:
         result = self._runner.run(batch)
@@ -74,10 +97,15 @@ class FaultBarrier:
                 alone = ScheduledBatch((share,), encode, self._owed_evictions)
                 sampled += self._run(alone).tokens
             except BaseException as error:
-                if may_be_the_users(error):
+                if _is_everybodys(error):
                     raise
                 sampled.append(SampledToken(error=explain(error)))
         return StepResult(sampled)  # an item that is encoded in slices gets its next one
+
+
+def _is_everybodys(error: BaseException) -> bool:
+    """Whether it is no sequence's fault: the user's interrupt, or a device that is gone."""
+    return may_be_the_users(error) or isinstance(error, EngineDead)
 
 
 def needed_keys(scheduled: ScheduledSequence) -> set[str]:

@@ -11,7 +11,7 @@ from mm_engine.engine import wire
 from mm_engine.engine.build import build_engine
 from mm_engine.engine.engine import Engine
 from mm_engine.engine.fault_barrier import explain, place_of
-from mm_engine.errors import MMEngineError
+from mm_engine.errors import EngineDead, MMEngineError
 from mm_engine.outputs import RequestOutput
 from mm_engine.request import Request
 from mm_engine.worker.loader import open_model
@@ -19,6 +19,7 @@ from mm_engine.worker.loader import open_model
 logger = logging.getLogger(__name__)
 
 LINGER_MS = 2000  # how long the last message may take to leave
+IDLE_SECONDS = 1.0  # how often an idle engine looks after its device
 
 
 class Connection:
@@ -35,9 +36,12 @@ class Connection:
         """Send a message; never blocks."""
         self._socket.send_multipart(wire.encode(message), copy=False)
 
-    def receive(self, *, wait: bool) -> tuple[wire.ToEngine, Sequence[wire.Frame]] | None:
-        """The next message and all its frames; without `wait` None if there is none yet."""
-        if not self._socket.poll(None if wait else 0):
+    def receive(self, *, wait: float | None) -> tuple[wire.ToEngine, Sequence[wire.Frame]] | None:
+        """The next message and all its frames; None if none comes in `wait` seconds.
+
+        Without a limit it waits as long as it takes.
+        """
+        if not self._socket.poll(None if wait is None else int(1000 * wait)):
             return None
         frames = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
         return wire.decode_to_engine(frames), frames
@@ -59,7 +63,13 @@ def run(address: str) -> int:
         engine = _start(connection)
         if engine is None:
             return 1
-        _serve(connection, engine)
+        try:
+            _serve(connection, engine)
+        except EngineDead as error:
+            connection.send(wire.Failed("EngineDead", str(error)))
+            return 1
+        finally:
+            engine.runner.close()
         return 0
     finally:
         connection.close()
@@ -67,7 +77,7 @@ def run(address: str) -> int:
 
 def _start(connection: Connection) -> Engine | None:
     """Build the engine that the first message asks for; None if that failed."""
-    received = connection.receive(wait=True)
+    received = connection.receive(wait=None)
     assert received is not None
     message, frames = received
     assert isinstance(message, wire.Start)
@@ -91,7 +101,9 @@ def _start(connection: Connection) -> Engine | None:
 def _serve(connection: Connection, engine: Engine) -> None:
     """Step while there is work, listening in between; without work, sleep until a message comes."""
     while True:
-        while (received := connection.receive(wait=not engine.has_work)) is not None:
+        engine.runner.check()
+        wait = 0.0 if engine.has_work else IDLE_SECONDS
+        while (received := connection.receive(wait=wait)) is not None:
             message, frames = received
             if isinstance(message, wire.Shutdown):
                 return
@@ -101,7 +113,8 @@ def _serve(connection: Connection, engine: Engine) -> None:
                 engine.abort(message.request_id, notify=False)
             elif isinstance(message, wire.StatsRequest):
                 connection.send(wire.Stats(engine.stats()))
-        outputs = engine.step()
+            wait = 0.0 if engine.has_work else IDLE_SECONDS
+        outputs = engine.step() if engine.has_work else []
         if outputs:
             connection.send(wire.Outputs(outputs))
 

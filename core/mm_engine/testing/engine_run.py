@@ -59,6 +59,12 @@ class Watched:
             self.merged[share.sequence.request.request_id].append(rows.clone())
         return result
 
+    def check(self) -> None:
+        """See `Runner`."""
+
+    def close(self) -> None:
+        """See `Runner`; the subject's runner lives on."""
+
 
 @contextmanager
 def _spied(model: Any, seen: dict[str, Tensor]) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -14,33 +15,75 @@ from mm_engine.sequence import UNKNOWN_TOKEN, ScheduledSequence
 from mm_engine.worker.transfers import to_device
 
 
-@dataclass(slots=True)
-class ForwardBatch:
-    """One step's tensors: T tokens, sequence after sequence."""
+class StepLayout(msgspec.Struct):
+    """Where a step's T tokens go, as numbers that another process can be told."""
 
-    scheduled: list[ScheduledSequence]
-    input_ids: Tensor  # [T]; placeholders hold id 0, their embeddings come from the encoder
+    positions: list[int]  # [T]
+    slots: list[int]  # [T]: where each token's key and value are stored
+    block_tables: list[list[int]]  # [S, max_blocks], rows padded with the row's first block
+    query_lens: list[int]  # [S]
+    context_lens: list[int]  # [S]
+    sampled_rows: list[int]  # rows of the step's tokens whose logits are wanted
+
+    def tensors(
+        self,
+        backend: AttentionBackend,
+        kv_caches: list[tuple[Tensor, Tensor]],
+        device: torch.device,
+    ) -> StepTensors:
+        """The same on the device."""
+        metadata = AttentionMetadata.of_lens(
+            backend,
+            kv_caches,
+            slot_mapping=to_device(self.slots, device),
+            block_tables=to_device(self.block_tables, device, torch.int32),
+            query_lens=self.query_lens,
+            context_lens=self.context_lens,
+        )
+        return StepTensors(
+            positions=to_device(self.positions, device),
+            metadata=metadata,
+            sampled_rows=to_device(self.sampled_rows, device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """A `StepLayout` on the device."""
+
     positions: Tensor  # [T]
     metadata: AttentionMetadata
-    sampled_rows: Tensor  # rows of the step's tokens whose logits are wanted
-    sampled: list[int]  # the indices in `scheduled` that these rows belong to; drafts have several
+    sampled_rows: Tensor  # [R]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One step's T tokens, sequence after sequence: the plan as numbers."""
+
+    scheduled: list[ScheduledSequence]
+    ids: list[int]  # [T]; placeholders hold id 0, their embeddings come from the encoder
+    unknown: list[tuple[int, Tensor]]  # (row, id on the device) of ids that the host doesn't know
+    layout: StepLayout
+    sampled: list[int]  # the indices in `scheduled` of `sampled_rows`; drafts have several
     merges: list[
         tuple[Item, int, int, int]
     ]  # (item, its first row, destination row, number of rows)
 
-    def slots(self, index: int) -> Tensor:
+    def input_ids(self, device: torch.device) -> Tensor:
+        """`[T]` ids."""
+        ids = to_device(self.ids, device)
+        if self.unknown:
+            rows = to_device([row for row, _ in self.unknown], device)
+            ids.index_copy_(0, rows, torch.cat([newest for _, newest in self.unknown]))
+        return ids
+
+    def slots(self, index: int) -> list[int]:
         """Where the keys and values of one share are stored."""
-        lens = self.metadata.query_lens
-        return self.metadata.slot_mapping[sum(lens[:index]) : sum(lens[: index + 1])]
+        lens = self.layout.query_lens
+        return self.layout.slots[sum(lens[:index]) : sum(lens[: index + 1])]
 
 
-def build_batch(
-    scheduled: list[ScheduledSequence],
-    backend: AttentionBackend,
-    kv_caches: list[tuple[Tensor, Tensor]],
-    block_size: int,
-    device: torch.device,
-) -> ForwardBatch:
+def build_batch(scheduled: list[ScheduledSequence], block_size: int) -> ForwardBatch:
     """Lay out `scheduled` as one flat batch."""
     ids: list[int] = []
     positions: list[int] = []
@@ -75,24 +118,18 @@ def build_batch(
         for table in (share.sequence.block_table for share in scheduled)
     ]
 
-    input_ids = to_device(ids, device)
-    if unknown:
-        rows = to_device([row for row, _ in unknown], device)
-        input_ids.index_copy_(0, rows, torch.cat([newest for _, newest in unknown]))
-    metadata = AttentionMetadata.of_lens(
-        backend,
-        kv_caches,
-        slot_mapping=to_device(slots, device),
-        block_tables=to_device(tables, device, torch.int32),
-        query_lens=[share.num_rows for share in scheduled],
-        context_lens=[share.start + share.num_rows for share in scheduled],
-    )
     return ForwardBatch(
         scheduled=scheduled,
-        input_ids=input_ids,
-        positions=to_device(positions, device),
-        metadata=metadata,
-        sampled_rows=to_device(sampled_rows, device),
+        ids=ids,
+        unknown=unknown,
+        layout=StepLayout(
+            positions=positions,
+            slots=slots,
+            block_tables=tables,
+            query_lens=[share.num_rows for share in scheduled],
+            context_lens=[share.start + share.num_rows for share in scheduled],
+            sampled_rows=sampled_rows,
+        ),
         sampled=sampled,
         merges=merges,
     )

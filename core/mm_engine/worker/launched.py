@@ -47,7 +47,7 @@ class Finite:
             HostCopy(hidden.isfinite().all(-1)),
             # NaN spreads to the largest; single -inf are fine.
             None if logits is None else HostCopy(logits.amax(-1).isfinite()),
-            forward.metadata.query_lens,
+            forward.layout.query_lens,
             forward.sampled,
         )
 
@@ -71,7 +71,7 @@ class Finite:
 class LaunchedStep:
     """A step that the device may still be computing. Steps come to their results in order."""
 
-    def __init__(self, known: StepResult, blame_nan: Callable[[str, Tensor], ErrorInfo]) -> None:
+    def __init__(self, known: StepResult, blame_nan: Callable[[str, list[int]], ErrorInfo]) -> None:
         """`known` already holds the errors of sequences that don't run."""
         self._known = known
         self._blame_nan = blame_nan

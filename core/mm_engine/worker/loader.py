@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from mm_engine.config import DEFAULT_LIMITS, EngineConfig, ModelContext
+from mm_engine.config import DEFAULT_LIMITS, EngineConfig, ModelContext, Shard
 from mm_engine.errors import MMEngineError, StartupError
 from mm_engine.models import checkpoint
 from mm_engine.models.interfaces import SupportsVision
@@ -40,10 +40,13 @@ class OpenedModel:
     eos_token_ids: tuple[int, ...]
 
 
-def open_model(config: EngineConfig, record: PluginRecord | None = None) -> OpenedModel:
+def open_model(
+    config: EngineConfig, record: PluginRecord | None = None, shard: Shard | None = None
+) -> OpenedModel:
     """Read what `config.model` is and load the plugin that owns its architecture.
 
-    With `record` it is the plugin that another process found, and no other.
+    With `record` it is the plugin that another process found, and no other. `shard` is the part of
+    the model that this process is to hold; rank 0's, where it isn't given.
 
     Raises:
         StartupError: no such checkpoint, no plugin for it, or options that contradict it.
@@ -66,24 +69,34 @@ def open_model(config: EngineConfig, record: PluginRecord | None = None) -> Open
         max_model_len=pick_max_model_len(config, hf_config),
         limits=MappingProxyType({**DEFAULT_LIMITS, **config.limit_mm_per_prompt}),
         architecture=architecture,
+        shard=shard or Shard(0, config.tensor_parallel_size),
     )
     eos = checkpoint.read_eos_token_ids(path, hf_config, tokenizer)
     return OpenedModel(config, ctx, plugin, eos)
 
 
-def pick_device(config: EngineConfig) -> torch.device:
-    """The device to run on; `auto` takes CUDA where there is one.
+def pick_device(config: EngineConfig, rank: int = 0) -> torch.device:
+    """The device to run on; `auto` takes CUDA where there is one. Each rank has a GPU of its own.
 
     Raises:
         StartupError: the device asked for isn't there.
     """
     if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config = replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise StartupError("device is not available: cuda. Use --device cpu, or check the driver.")
     if config.device not in ("cpu", "cuda"):
         raise StartupError(f"device is not known: {config.device}. Use auto, cpu or cuda.")
-    return torch.device(config.device)
+    if config.device == "cpu":
+        return torch.device("cpu")
+    size, num_cards = config.tensor_parallel_size, torch.cuda.device_count()
+    if size > num_cards:
+        raise StartupError(
+            f"tensor_parallel_size is above the number of GPUs: {size} of {num_cards}. "
+            f"Use --tensor-parallel-size {num_cards}, or make more visible (CUDA_VISIBLE_DEVICES)."
+        )
+    torch.cuda.set_device(rank)  # a process computes on one
+    return torch.device("cuda", rank)
 
 
 def pick_dtype(config: EngineConfig, hf_config: Any) -> torch.dtype:

@@ -17,27 +17,38 @@ CGROUP = Path("/sys/fs/cgroup")
 class DeviceMemory:
     """The device's memory as this process may use it."""
 
-    def __init__(self, device: torch.device, utilization: float) -> None:
+    def __init__(self, device: torch.device, utilization: float, *, num_sharing: int = 1) -> None:
         self.device = device
         self.utilization = utilization
+        self.num_sharing = num_sharing if device.type == "cpu" else 1  # processes, of its memory
         self.peak = 0  # bytes that a step takes beside weights and cache
+        self._before = 0
+
+    def begin(self) -> None:
+        """From here on note the peak of what is taken."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            self._before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            forget_peak()  # loading held more: the weights' files and the weights
+            self._before = psutil.Process().memory_info().rss
+
+    def end(self) -> None:
+        """Up to here."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            taken = torch.cuda.max_memory_allocated() - self._before
+        else:
+            taken = peak_rss() - self._before
+        self.peak = max(self.peak, taken)
 
     @contextmanager
     def measured(self) -> Iterator[None]:
         """Note the peak of what is taken inside over what was taken before."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            yield
-            torch.cuda.synchronize()
-            taken = torch.cuda.max_memory_allocated() - before
-        else:
-            forget_peak()  # loading held more: the weights' files and the weights
-            before = psutil.Process().memory_info().rss
-            yield
-            taken = max(0, peak_rss() - before)
-        self.peak = max(self.peak, taken)
+        self.begin()
+        yield
+        self.end()
 
     def available(self) -> int:
         """Bytes left for the KV cache: this share of the device's memory, less the peak."""
@@ -45,7 +56,7 @@ class DeviceMemory:
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info()
             return int(free - total * (1 - self.utilization)) - self.peak
-        return int(available_ram() * self.utilization) - self.peak
+        return int(available_ram() * self.utilization / self.num_sharing) - self.peak
 
 
 def forget_peak() -> None:

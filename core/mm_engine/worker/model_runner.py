@@ -5,28 +5,27 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from mm_engine_kernels import reference
 from torch import Tensor
 
-from mm_engine.attention.backend import Attention, block_size_of
-from mm_engine.attention.select import choose, needs_of
 from mm_engine.config import EngineConfig
 from mm_engine.errors import MMEngineError, PluginError
 from mm_engine.outputs import ErrorInfo
-from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.request import Item, Request
 from mm_engine.sampling_params import SamplingParams
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
 from mm_engine.sequence import Sequence as EngineSequence
-from mm_engine.worker.batch import ForwardBatch, build_batch, slots_of
+from mm_engine.worker import rank_wire
+from mm_engine.worker.batch import ForwardBatch, StepLayout, StepTensors, build_batch, slots_of
 from mm_engine.worker.encoder import Encoder
 from mm_engine.worker.launched import Finite, LaunchedStep
-from mm_engine.worker.loader import OpenedModel, load_model, pick_device
-from mm_engine.worker.memory import DeviceMemory
+from mm_engine.worker.loader import OpenedModel, pick_device
+from mm_engine.worker.model_shard import ModelShard
+from mm_engine.worker.rank_group import RankGroup
+from mm_engine.worker.ranks import Ranks
 from mm_engine.worker.sampler import Sampler
 from mm_engine.worker.transfers import to_device
 from mm_engine.worker.verification import launch_shares
@@ -34,52 +33,57 @@ from mm_engine.worker.verification import launch_shares
 LONG_STEP = 0.2  # seconds
 
 
-class ModelRunner:
-    """Owns the model, the KV cache's tensors and the features; holds no state of any request."""
+class ModelRunner(ModelShard):
+    """Rank 0's part of the model, and what only one process does: encode, embed, sample.
+
+    It holds no state of any request.
+    """
 
     def __init__(self, opened: OpenedModel, config: EngineConfig) -> None:
-        self.opened = opened
-        self.device = pick_device(config)
-        self.dtype = opened.ctx.dtype
+        size = config.tensor_parallel_size
+        device = pick_device(config)
+        self.ranks = Ranks(config, opened.plugin.record) if size > 1 else None
+        self.group: RankGroup | None = None
+        try:
+            if self.ranks is not None:
+                self.ranks.wait(rank_wire.Opened)
+                self.group = RankGroup(device, 0, size, self.ranks.store, config.step_timeout)
+                self.ranks.join(self.group)
+                opened.ctx.shard.join(self.group)
+            super().__init__(opened, config)
+            if self.ranks is not None:
+                self.ranks.wait(rank_wire.Loaded)
+        except BaseException:
+            self.close()
+            raise
         self.max_num_batched_tokens = config.max_num_batched_tokens
-        self.memory = DeviceMemory(self.device, config.memory_utilization)
-        loaded = load_model(opened, self.device)
-        self.model = loaded.model
-        self.num_parameters, self.load_seconds = loaded.num_parameters, loaded.seconds
-        self.layers = [m for m in self.model.modules() if isinstance(m, Attention)]
-        for index, layer in enumerate(self.layers):
-            layer.layer_index = index
-        needs = needs_of(self.layers, self.device, self.dtype, block_size=config.block_size)
-        self.backend = choose(config.attention_backend, needs)
-        self.block_size = block_size_of(self.backend, config.block_size)
-        self.vocab_size = int(opened.ctx.text_config.vocab_size)
-        hidden_size = int(opened.ctx.text_config.hidden_size)
-        self.encoder = Encoder(self.model, opened.plugin, hidden_size, self.device, self.dtype)
+        self.encoder = Encoder(self.model, opened.plugin, self.hidden_size, self.device, self.dtype)
         self.sampler = Sampler(config.seed)
-        self.kv_caches: list[tuple[Tensor, Tensor]] = []
 
-    @property
-    def cache_bytes_per_block(self) -> int:
-        """Bytes that one block of the KV cache takes over all layers."""
-        values = sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.layers)
-        return values * self.block_size * self.dtype.itemsize
+    def close(self) -> None:
+        """End the other ranks."""
+        if self.ranks is not None:
+            self.ranks.close()
+
+    def check(self) -> None:
+        """Raise `EngineDead` if a rank is gone."""
+        if self.ranks is not None:
+            self.ranks.check()
 
     def init_cache(self, num_blocks: int) -> None:
-        """Allocate the KV cache, zeroed: unwritten slots of a block are read, then masked."""
-        self.kv_caches = [
-            (
-                torch.zeros(shape, dtype=self.dtype, device=self.device),
-                torch.zeros(shape, dtype=self.dtype, device=self.device),
-            )
-            for shape in (
-                (num_blocks, self.block_size, layer.num_kv_heads, layer.head_dim)
-                for layer in self.layers
-            )
-        ]
+        """Allocate the KV cache, in each rank."""
+        if self.ranks is not None:
+            self.ranks.send(rank_wire.InitCache(num_blocks))
+        super().init_cache(num_blocks)
 
     def available_memory(self) -> int:
-        """Bytes left for the KV cache, after what `profile` saw at the peak."""
-        return self.memory.available()
+        """Bytes left for the KV cache in each rank, after what `profile` saw at the peak."""
+        available = self.memory.available()
+        if self.ranks is None:
+            return available
+        self.ranks.send(rank_wire.Measure(ends=True))
+        others = self.ranks.wait(rank_wire.Available)
+        return min(available, *(other.num_bytes for other in others))
 
     def profile(self, requests: Sequence[Request]) -> None:
         """Run the dummy `requests` whole, to see the peak of memory and check the plugin's counts.
@@ -87,6 +91,8 @@ class ModelRunner:
         Raises:
             PluginError: the plugin's encoder or model broke its contract on its own dummy data.
         """
+        if self.ranks is not None:
+            self.ranks.send(rank_wire.Measure(ends=False))
         for request in requests:
             for item in request.items:
                 self._check_keywords(item)
@@ -131,7 +137,7 @@ class ModelRunner:
                 best = min(best, time.perf_counter() - before)
                 if best > LONG_STEP and num_tokens > 1:  # the first of all was a cold one
                     break
-            self._clean(to_device(slots_of(batch.sequences[0], self.block_size), self.device))
+            self._clean(slots_of(batch.sequences[0], self.block_size))
             yield num_tokens, best
             num_tokens *= 8 if best > LONG_STEP else 2
 
@@ -181,20 +187,8 @@ class ModelRunner:
             launched = LaunchedStep(StepResult(tokens, self.encoder.slice_is_last), self.blame_nan)
             if not running:
                 return launched
-            forward = build_batch(
-                [batch.sequences[i] for i in running],
-                self.backend,
-                self.kv_caches,
-                self.block_size,
-                self.device,
-            )
-            hidden = self._forward(forward)
-            logits = None
-            if forward.sampled:
-                with self._blamed("compute_logits"):
-                    logits = self.model.compute_logits(hidden[forward.sampled_rows])
-                    wanted = [len(forward.sampled), self.vocab_size]
-                    self._check_shape("compute_logits", "logits", logits, wanted)
+            forward = build_batch([batch.sequences[i] for i in running], self.block_size)
+            hidden, logits = self._compute(forward)
             finite = Finite.of(hidden, logits, forward)
             drafting = {i for i, share in enumerate(forward.scheduled) if share.draft_token_ids}
             if drafting:
@@ -212,20 +206,34 @@ class ModelRunner:
                 launched.sampled(indices, launch_shares(self.sampler, logits, shares))
             return launched
 
-    def blame_nan(self, method: str, slots: Tensor) -> ErrorInfo:
-        """What a request is told whose share of a step is NaN; what it wrote to `slots` is zeroed.
-
-        Masked NaN would still spread.
-        """
+    def blame_nan(self, method: str, slots: list[int]) -> ErrorInfo:
+        """What a request is told whose share is NaN; what it wrote to `slots` is zeroed."""
         self._clean(slots)
         fact = "expected finite numbers for this request, got NaN or infinity"
         return ErrorInfo("PluginError", str(self.opened.plugin.blame(method, fact)))
 
-    def _forward(self, forward: ForwardBatch) -> Tensor:
-        with self._blamed("embed_tokens"):
-            embeds = self.model.embed_tokens(forward.input_ids)
-            wanted = [len(forward.input_ids), self.encoder.hidden_size]
-            self._check_shape("embed_tokens", "embeddings", embeds, wanted)
+    def _compute(self, forward: ForwardBatch) -> tuple[Tensor, Tensor | None]:
+        """Hidden states and logits of a step, which all ranks compute together."""
+        input_ids = forward.input_ids(self.device)
+        embeds = self._embed(forward, input_ids)
+        if self.ranks is None or self.group is None:
+            return self.compute(input_ids, embeds, self._tensors(forward.layout))
+        with self.ranks.together():
+            dtype = str(embeds.dtype).removeprefix("torch.")
+            self.ranks.send(rank_wire.Run(forward.layout, dtype))
+            self.group.broadcast(input_ids)
+            embeds = self.group.broadcast(embeds)
+            return self.compute(input_ids, embeds, self._tensors(forward.layout))
+
+    def _tensors(self, layout: StepLayout) -> StepTensors:
+        return layout.tensors(self.backend, self.kv_caches, self.device)
+
+    def _embed(self, forward: ForwardBatch, input_ids: Tensor) -> Tensor:
+        """`[T, hidden]` embeddings, those of images in their places."""
+        with self.blamed("embed_tokens"):
+            embeds: Tensor = self.model.embed_tokens(input_ids)
+            wanted = [len(input_ids), self.hidden_size]
+            self.check_shape("embed_tokens", "embeddings", embeds, wanted)
         if forward.merges:
             rows = [
                 self.encoder.features[item.content_key][first : first + num]
@@ -234,35 +242,7 @@ class ModelRunner:
             places = [place for _, _, to, num in forward.merges for place in range(to, to + num)]
             positions = to_device(places, self.device)
             embeds = reference.merge_by_position(embeds, torch.cat(rows), positions)
-        with self._blamed("forward"):
-            hidden: Tensor = self.model.forward(
-                forward.input_ids, forward.positions, forward.metadata, inputs_embeds=embeds
-            )
-            self._check_shape("forward", "hidden states", hidden, wanted)
-        return hidden
-
-    @contextmanager
-    def _blamed(self, method: str) -> Iterator[None]:
-        """Turn what a method of the model raises into a `PluginError`; the model is a plugin's."""
-        try:
-            yield
-        except (MMEngineError, torch.OutOfMemoryError):
-            raise
-        except BaseException as error:  # SystemExit too: a plugin doesn't end the engine
-            if may_be_the_users(error):
-                raise
-            raise self.opened.plugin.blame(method, f"raised {one_line(error)}", error) from error
-
-    def _check_shape(self, method: str, what: str, got: object, wanted: list[int]) -> None:
-        """Raise `PluginError` unless `got` is a tensor of numbers of this shape, where it runs."""
-        if not isinstance(got, Tensor):
-            raise self.opened.plugin.blame(method, f"expected {what}, got {kind_of(got)}")
-        if list(got.shape) != wanted:
-            fact = f"expected {what} of shape {wanted}, got {list(got.shape)}"
-            raise self.opened.plugin.blame(method, fact)
-        if not got.is_floating_point() or got.device.type != self.device.type:
-            fact = f"expected {what} of a floating dtype on {self.device.type}, got {kind_of(got)}"
-            raise self.opened.plugin.blame(method, f"{fact} on {got.device.type}")
+        return embeds
 
     def _to_encode(self, batch: ScheduledBatch) -> list[Item]:
         """The items that the plan names, and those that a step which was cut short has lost."""
@@ -292,15 +272,11 @@ class ModelRunner:
                 return ErrorInfo("PluginError", str(blamed))
         return None
 
-    def _clean(self, slots: Tensor) -> None:
-        """Zero what a share of a step wrote.
-
-        What stands before it was computed by steps without a fault, and others may be reading it.
-        """
-        with torch.inference_mode():
-            for key_cache, value_cache in self.kv_caches:
-                key_cache.flatten(0, 1)[slots] = 0
-                value_cache.flatten(0, 1)[slots] = 0
+    def _clean(self, slots: list[int]) -> None:
+        """Zero what a share of a step wrote, in each rank: masked NaN would still spread."""
+        if self.ranks is not None:
+            self.ranks.send(rank_wire.Clean(slots))
+        self.clean(to_device(slots, self.device))
 
 
 def _without_drafts(batch: ScheduledBatch, indices: set[int]) -> ScheduledBatch:

@@ -1,0 +1,119 @@
+"""One process's part of the model, with its part of the KV cache: what every rank computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mm_engine.attention.backend import Attention, block_size_of
+from mm_engine.attention.select import choose, needs_of
+from mm_engine.config import EngineConfig
+from mm_engine.errors import MMEngineError
+from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
+from mm_engine.worker.batch import StepTensors
+from mm_engine.worker.loader import OpenedModel, load_model, pick_device
+from mm_engine.worker.memory import DeviceMemory
+
+
+class ModelShard:
+    """Owns one rank's weights and KV cache tensors: all of them, where the rank is alone."""
+
+    def __init__(self, opened: OpenedModel, config: EngineConfig) -> None:
+        self.opened = opened
+        shard = opened.ctx.shard
+        self.device = pick_device(config, shard.rank)
+        self.dtype = opened.ctx.dtype
+        self.memory = DeviceMemory(self.device, config.memory_utilization, num_sharing=shard.size)
+        loaded = load_model(opened, self.device)
+        self.model = loaded.model
+        self.num_parameters, self.load_seconds = loaded.num_parameters, loaded.seconds
+        self.layers = [m for m in self.model.modules() if isinstance(m, Attention)]
+        for index, layer in enumerate(self.layers):
+            layer.layer_index = index
+        needs = needs_of(self.layers, self.device, self.dtype, block_size=config.block_size)
+        self.backend = choose(config.attention_backend, needs)
+        self.block_size = block_size_of(self.backend, config.block_size)
+        self.vocab_size = int(opened.ctx.text_config.vocab_size)
+        self.hidden_size = int(opened.ctx.text_config.hidden_size)
+        self.kv_caches: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def cache_bytes_per_block(self) -> int:
+        """Bytes that one block of the KV cache takes over all layers."""
+        values = sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.layers)
+        return values * self.block_size * self.dtype.itemsize
+
+    def init_cache(self, num_blocks: int) -> None:
+        """Allocate the KV cache, zeroed: unwritten slots of a block are read, then masked."""
+        self.kv_caches = [
+            (
+                torch.zeros(shape, dtype=self.dtype, device=self.device),
+                torch.zeros(shape, dtype=self.dtype, device=self.device),
+            )
+            for shape in (
+                (num_blocks, self.block_size, layer.num_kv_heads, layer.head_dim)
+                for layer in self.layers
+            )
+        ]
+
+    def clean(self, slots: Tensor) -> None:
+        """Zero what a share of a step wrote to `slots`.
+
+        What stands before it was computed by steps without a fault, and others may be reading it.
+        """
+        with torch.inference_mode():
+            for key_cache, value_cache in self.kv_caches:
+                key_cache.flatten(0, 1)[slots] = 0
+                value_cache.flatten(0, 1)[slots] = 0
+
+    def compute(
+        self, input_ids: Tensor, embeds: Tensor, tensors: StepTensors
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states `[T, hidden]` of a step, and logits `[R, vocab]` of its sampled rows.
+
+        Raises:
+            PluginError: the model raised, or returned something else.
+        """
+        with self.blamed("forward"):
+            hidden: Tensor = self.model.forward(
+                input_ids, tensors.positions, tensors.metadata, inputs_embeds=embeds
+            )
+            self.check_shape("forward", "hidden states", hidden, [len(input_ids), self.hidden_size])
+        num_rows = len(tensors.sampled_rows)
+        if not num_rows:
+            return hidden, None
+        with self.blamed("compute_logits"):
+            logits: Tensor = self.model.compute_logits(hidden[tensors.sampled_rows])
+            self.check_shape("compute_logits", "logits", logits, [num_rows, self.vocab_size])
+        return hidden, logits
+
+    @contextmanager
+    def blamed(self, method: str) -> Iterator[None]:
+        """Turn what a method of the model raises into a `PluginError`; the model is a plugin's."""
+        try:
+            yield
+        except (MMEngineError, torch.OutOfMemoryError):
+            raise
+        except BaseException as error:  # SystemExit too: a plugin doesn't end the engine
+            if may_be_the_users(error):
+                raise
+            raise self.opened.plugin.blame(method, f"raised {one_line(error)}", error) from error
+
+    def check_shape(self, method: str, what: str, got: object, wanted: list[int]) -> None:
+        """Raise `PluginError` unless `got` is a tensor of numbers of this shape, where it runs."""
+        if not isinstance(got, Tensor):
+            raise self.opened.plugin.blame(method, f"expected {what}, got {kind_of(got)}")
+        if list(got.shape) != wanted:
+            fact = f"expected {what} of shape {wanted}, got {list(got.shape)}"
+            raise self.opened.plugin.blame(method, fact)
+        if not got.is_floating_point() or got.device.type != self.device.type:
+            fact = f"expected {what} of a floating dtype on {self.device.type}, got {kind_of(got)}"
+            raise self.opened.plugin.blame(method, f"{fact} on {got.device.type}")
+
+
+def share_threads(size: int) -> None:
+    """Leave the other ranks on this machine their part of the CPU's cores."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // size))

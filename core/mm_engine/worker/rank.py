@@ -1,0 +1,130 @@
+"""A rank's process: `python -m mm_engine.worker.rank FOLDER RANK PARENT_PID LOG_LEVEL`.
+
+Started by `Ranks`. It holds a part of the model, computes what rank 0 tells it, and lives as long
+as its parent wants.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mm_engine.processes import end_with_parent, leave_signals_to_parent
+
+if TYPE_CHECKING:
+    from mm_engine.worker import rank_wire
+    from mm_engine.worker.model_shard import ModelShard
+    from mm_engine.worker.rank_group import RankGroup
+
+logger = logging.getLogger(__name__)
+
+
+def main(folder: Path, rank: int, parent_pid: int, log_level: int) -> int:
+    """Serve rank 0; returns the exit status."""
+    leave_signals_to_parent()
+    end_with_parent(parent_pid, folder)
+    logging.basicConfig(format=f"%(asctime)s %(levelname)s rank {rank}: %(message)s")
+    # What it has to say, rank 0 says too.
+    logging.getLogger("mm_engine").setLevel(max(log_level, logging.WARNING))
+
+    from mm_engine.plugins.tolerance import pass_over_damage
+
+    pass_over_damage()
+    return Rank(folder, rank).serve()  # imports for seconds: after all of the above
+
+
+class Rank:
+    """One part of the model, and the line to rank 0."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        import zmq
+
+        self.rank = rank
+        context = zmq.Context()
+        self._commands = context.socket(zmq.PAIR)
+        self._commands.set_hwm(0)
+        self._commands.connect(f"ipc://{folder / f'commands-{rank}'}")
+        self._events = context.socket(zmq.PUSH)
+        self._events.connect(f"ipc://{folder / 'events'}")
+        self._group: RankGroup | None = None
+        self._model: ModelShard | None = None
+
+    def serve(self) -> int:
+        """Do what rank 0 says until it says Quit; the exit status."""
+        from mm_engine.worker import rank_wire
+
+        while True:
+            message = rank_wire.decode_to_rank(self._commands.recv())
+            if isinstance(message, rank_wire.Quit):
+                return 0
+            try:
+                self._do(message)
+            except BaseException as error:  # SystemExit too: a plugin doesn't end a rank
+                logger.debug("A command failed.", exc_info=error)
+                calls = self._group.num_calls if self._group is not None else 0
+                self._send(rank_wire.Failed(self.rank, type(error).__name__, str(error), calls))
+
+    def _do(self, message: rank_wire.ToRank) -> None:
+        import torch
+
+        from mm_engine.worker import rank_wire
+
+        if isinstance(message, rank_wire.Begin):
+            self._begin(message)
+            return
+        model = self._model
+        assert model is not None and self._group is not None
+        if isinstance(message, rank_wire.InitCache):
+            model.init_cache(message.num_blocks)
+        elif isinstance(message, rank_wire.Measure):
+            if not message.ends:
+                model.memory.begin()
+                return
+            model.memory.end()
+            model.kv_caches = []
+            self._send(rank_wire.Available(self.rank, model.memory.available()))
+        elif isinstance(message, rank_wire.Clean):
+            model.clean(torch.tensor(message.slots, device=model.device))
+        elif isinstance(message, rank_wire.Run):
+            with torch.inference_mode():
+                num_tokens = len(message.layout.positions)
+                ids = torch.empty(num_tokens, dtype=torch.int64, device=model.device)
+                shape = (num_tokens, model.hidden_size)
+                dtype = getattr(torch, message.dtype)
+                embeds = torch.empty(shape, dtype=dtype, device=model.device)
+                self._group.broadcast(ids)
+                self._group.broadcast(embeds)
+                tensors = message.layout.tensors(model.backend, model.kv_caches, model.device)
+                model.compute(ids, embeds, tensors)
+
+    def _begin(self, message: rank_wire.Begin) -> None:
+        from dataclasses import replace
+
+        from mm_engine.config import Shard
+        from mm_engine.worker import rank_wire
+        from mm_engine.worker.loader import open_model, pick_device
+        from mm_engine.worker.model_shard import ModelShard, share_threads
+        from mm_engine.worker.rank_group import RankGroup
+
+        config = replace(message.config, progress=False)  # rank 0 shows it
+        size = config.tensor_parallel_size
+        share_threads(size)
+        opened = open_model(config, message.plugin, Shard(self.rank, size))
+        device = pick_device(config, self.rank)
+        self._send(rank_wire.Opened(self.rank))
+        store = Path(message.store)
+        self._group = RankGroup(device, self.rank, size, store, config.step_timeout)
+        opened.ctx.shard.join(self._group)
+        self._model = ModelShard(opened, config)
+        self._send(rank_wire.Loaded(self.rank))
+
+    def _send(self, event: rank_wire.FromRank) -> None:
+        from mm_engine.worker import rank_wire
+
+        self._events.send(rank_wire.encode(event))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))
