@@ -7,12 +7,18 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # A shell's background jobs ignore Ctrl-C, and their children do; some tests are about it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
+
+# Before anything imports triton, which reads it then: without a card its kernels run in Python.
+# They are reached only by tests of them; the engine doesn't prefer them on a CPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile("repository", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repository")

@@ -6,6 +6,8 @@ D head size. A KV cache is `[num_blocks, block_size, K, D]`; slot = block * bloc
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -44,9 +46,20 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def write_kv(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
 ) -> None:
-    """Store `[T, K, D]` keys and values at `slot_mapping` `[T]`, in place."""
-    key_cache.flatten(0, 1).index_copy_(0, slot_mapping, key)
-    value_cache.flatten(0, 1).index_copy_(0, slot_mapping, value)
+    """Store `[T, K, D]` keys and values at `slot_mapping` `[T]`, in place, in the caches' dtype.
+
+    A slot of -1 is a padding row's: it is stored nowhere. float8_e4m3fn saturates at 448; its
+    scale is 1.
+    """
+    if slot_mapping.numel() and int(slot_mapping.min()) < 0:
+        real = slot_mapping >= 0
+        key, value, slot_mapping = key[real], value[real], slot_mapping[real]
+    for rows, cache in ((key, key_cache), (value, value_cache)):
+        if cache.dtype == torch.float8_e4m3fn:  # PyTorch copies its bytes, not its numbers
+            rows = rows.float().clamp(-448.0, 448.0).to(cache.dtype).view(torch.uint8)
+            cache = cache.view(torch.uint8)
+        slots = cache.view(-1, *cache.shape[2:])  # never a copy
+        slots.index_copy_(0, slot_mapping, rows.to(cache.dtype))
 
 
 def paged_attention(
@@ -85,6 +98,80 @@ def paged_attention(
         probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[start : start + num_new] = torch.einsum("htl,lhd->thd", probs, values).to(query.dtype)
         start += num_new
+    return out
+
+
+def paged_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    *,
+    max_context_len: int,
+    num_splits: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`paged_attention` of one query for each sequence: `[S, H, D]` to `[S, H, D]`.
+
+    `context_lens` `[S]` lies on the device and is at most `max_context_len`; a row of length 0 is
+    padding, and its output zeros. `num_splits` is for kernels that cut a context to pieces.
+    """
+    lens = context_lens.tolist()
+    assert max(lens, default=0) <= max_context_len
+    out = torch.zeros_like(query) if out is None else out.zero_()
+    real = [i for i, length in enumerate(lens) if length]
+    out[real] = paged_attention(
+        query[real],
+        key_cache,
+        value_cache,
+        block_tables[real],
+        [1] * len(real),
+        [lens[i] for i in real],
+        scale,
+        sliding_window,
+        softcap,
+    )
+    return out
+
+
+def paged_prefill(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    *,
+    max_query_len: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`paged_attention` with lengths on the device: `[T, H, D]` to `[T, H, D]`.
+
+    Sequence s owns the rows from `query_starts[s]` below `query_starts[s + 1]` (`[S + 1]`), at
+    most `max_query_len`. What stands in rows past the last sequence's is not said.
+    """
+    starts = query_starts.tolist()
+    query_lens = [end - start for start, end in pairwise(starts)]
+    assert max(query_lens, default=0) <= max_query_len
+    out = torch.empty_like(query) if out is None else out
+    out[: starts[-1]] = paged_attention(
+        query[: starts[-1]],
+        key_cache,
+        value_cache,
+        block_tables,
+        query_lens,
+        context_lens.tolist(),
+        scale,
+        sliding_window,
+        softcap,
+    )
     return out
 
 

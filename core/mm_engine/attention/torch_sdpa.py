@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from mm_engine_kernels import reference
+from mm_engine_kernels import ops
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -95,7 +95,7 @@ class TorchAttention:
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
         key_cache, value_cache = metadata.kv_caches[layer.layer_index]
-        reference.write_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
+        ops.write_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
         groups: list[Group] | None = metadata.plan.get("groups")
         if groups is None:
             groups = metadata.plan["groups"] = plan(metadata, query.device)

@@ -10,7 +10,7 @@ import logging
 from importlib import resources
 from typing import Any, ClassVar
 
-from mm_engine_kernels import reference
+from mm_engine_kernels import ops
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -49,7 +49,7 @@ class DecoderAttention(nn.Module):
     ) -> Tensor:
         """`[T, hidden]` to `[T, hidden]`."""
         heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
-        rotated = reference.rotary(heads[:, : self.num_heads + self.num_kv_heads], *rotary)
+        rotated = ops.rotary(heads[:, : self.num_heads + self.num_kv_heads], *rotary)
         query, key = rotated.split((self.num_heads, self.num_kv_heads), dim=1)
         value = heads[:, self.num_heads + self.num_kv_heads :]
         out: Tensor = self.o_proj(self.attention(query, key, value, metadata).flatten(1))
@@ -69,7 +69,7 @@ class DecoderMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T, hidden]` to `[T, hidden]`."""
-        out: Tensor = self.down_proj(reference.silu_mul(self.gate_up_proj(x)))
+        out: Tensor = self.down_proj(ops.silu_mul(self.gate_up_proj(x)))
         return out
 
 
@@ -187,7 +187,7 @@ def gathered_logits(
     if head is not None:
         logits: Tensor = head(hidden)
     else:
-        logits = reference.linear(hidden, embeddings[vocab.start : end])
+        logits = ops.linear(hidden, embeddings[vocab.start : end])
     if vocab.shard.size == 1:
         return logits
     if logits.shape[1] < vocab.length:

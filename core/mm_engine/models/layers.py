@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from mm_engine_kernels import reference
+from mm_engine_kernels import ops
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -77,7 +77,7 @@ class Linear(nn.Module):
                 x, self.packed, bias, "none", [], ""
             )
             return packed
-        return reference.linear(x, self.weight, bias)
+        return ops.linear(x, self.weight, bias)
 
 
 class RMSNorm(nn.Module):
@@ -90,11 +90,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T, hidden]` to `[T, hidden]`."""
-        return reference.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of `residual + x`, and that sum."""
-        return reference.add_rms_norm(x, residual, self.weight, self.eps)
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class RotaryTable(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from mm_engine_kernels import reference
+from mm_engine_kernels import ops
 from torch import Tensor
 
 from mm_engine.config import EngineConfig
@@ -241,7 +241,7 @@ class ModelRunner(ModelShard):
             ]
             places = [place for _, _, to, num in forward.merges for place in range(to, to + num)]
             positions = to_device(places, self.device)
-            embeds = reference.merge_by_position(embeds, torch.cat(rows), positions)
+            embeds = ops.merge_by_position(embeds, torch.cat(rows), positions)
         return embeds
 
     def _to_encode(self, batch: ScheduledBatch) -> list[Item]:
