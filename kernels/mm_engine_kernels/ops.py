@@ -23,9 +23,14 @@ PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("triton
 
 #: The file in triton/ of each op that has a kernel there.
 TRITON_FILES = {
+    "rms_norm": "rms_norm",
+    "add_rms_norm": "rms_norm",
+    "rotary": "rotary",
+    "silu_mul": "silu_mul",
     "write_kv": "write_kv",
     "paged_decode": "paged_decode",
     "paged_prefill": "paged_prefill",
+    "merge_by_position": "merge_by_position",
 }
 
 

@@ -17,7 +17,16 @@ from typing import Any
 
 import torch
 import triton
-from mm_engine_kernels.triton import device, paged_decode, paged_prefill, write_kv
+from mm_engine_kernels.triton import (
+    device,
+    merge_by_position,
+    paged_decode,
+    paged_prefill,
+    rms_norm,
+    rotary,
+    silu_mul,
+    write_kv,
+)
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -90,6 +99,16 @@ def store(head: int, dtype: torch.dtype, cache: torch.dtype) -> Callable[[], Any
     return launch
 
 
+def small_ops() -> None:
+    """What a layer does beside matrices and attention, and the merge before the first."""
+    x, weight = empty(64, 4096), empty(4096)
+    rms_norm.rms_norm(x, weight, 1e-5)
+    rms_norm.add_rms_norm(x, x, weight, 1e-5)
+    rotary.rotary(empty(64, 48, 128)[:, :40], empty(64, 128), empty(64, 128))
+    silu_mul.silu_mul(empty(64, 2 * 11008))
+    merge_by_position.merge_by_position(x, empty(9, 4096, dtype=F32), empty(9, dtype=torch.int64))
+
+
 #: A representative subset, by capability: every kernel, each dtype of caches, each shape of tiles
 #: that the launchers choose for head sizes 64, 128 and 256. All combinations would take minutes.
 LAUNCHES: dict[int, dict[str, Callable[[], Any]]] = {
@@ -104,6 +123,7 @@ LAUNCHES: dict[int, dict[str, Callable[[], Any]]] = {
         "prefill-256-window-cap": prefill(256, BF16, BF16, 2, sliding_window=4096, softcap=50.0),
         "prefill-64-float32": prefill(64, F32, F32),
         "write-128": store(128, BF16, BF16),
+        "small-ops": small_ops,
     },
     80: {
         "decode-128-one-split": decode(128, BF16, BF16, num_splits=1),
