@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,33 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from checkpoints import make_llava  # here: it imports transformers
 
     return make_llava(tmp_path_factory.mktemp("llava"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--tensor-parallel-size 2` runs every engine of the tests as so many processes."""
+    parser.addoption("--tensor-parallel-size", type=int, default=1, metavar="N")
+
+
+@pytest.fixture(scope="session")
+def forked_ranks() -> Iterator[None]:
+    """Ranks start in no time: they are forked from a process that has imported everything."""
+    from zygote import forking
+
+    with forking():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_engine_is_parallel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What `--tensor-parallel-size` asks for."""
+    size = request.config.getoption("--tensor-parallel-size")
+    if size == 1:
+        yield
+        return
+    from mm_engine.config import EngineConfig
+
+    request.getfixturevalue("forked_ranks")
+    defaults = EngineConfig.__init__.__kwdefaults__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(defaults, "tensor_parallel_size", size)
+        yield

@@ -16,7 +16,7 @@ IMAGE = 99  # the placeholder's token id
 
 def build(*shares: tuple[Sequence, int]) -> ForwardBatch:
     scheduled = [ScheduledSequence(sequence, num) for sequence, num in shares]
-    return build_batch(scheduled, TorchAttention(), [], BLOCK, torch.device("cpu"))
+    return build_batch(scheduled, BLOCK)
 
 
 def placed(sequence: Sequence, computed: int, table: list[int]) -> Sequence:
@@ -29,9 +29,9 @@ def test_prefill_chunk_and_decode_lie_side_by_side() -> None:
     decode = placed(make_sequence((21, 22), (23, 24, 25, 26)), 5, [0, 9, 5])
     fresh = placed(make_sequence((31, 32)), 0, [4])
     batch = build((prefill, 3), (decode, 1), (fresh, 2))
-    assert batch.input_ids.tolist() == [13, 14, 15, 26, 31, 32]
-    assert batch.positions.tolist() == [2, 3, 4, 5, 0, 1]
-    meta = batch.metadata
+    assert batch.input_ids(torch.device("cpu")).tolist() == [13, 14, 15, 26, 31, 32]
+    assert batch.layout.positions == [2, 3, 4, 5, 0, 1]
+    meta = batch.layout.tensors(TorchAttention(), [], torch.device("cpu")).metadata
     assert meta.slot_mapping.tolist() == [7 * 4 + 2, 7 * 4 + 3, 3 * 4, 9 * 4 + 1, 4 * 4, 4 * 4 + 1]
     assert meta.query_lens == [3, 1, 2]
     assert meta.context_lens == [5, 6, 2]
@@ -45,13 +45,13 @@ def test_rows_are_sampled_where_a_share_reaches_the_last_token() -> None:
     decode = placed(make_sequence((1,), (2,)), 1, [4])
     batch = build((unfinished, 4), (last_chunk, 2), (decode, 1))
     assert batch.sampled == [1, 2]
-    assert batch.sampled_rows.tolist() == [5, 6]
+    assert batch.layout.sampled_rows == [5, 6]
 
 
 def test_a_recomputed_sequence_is_sampled_at_its_last_output_token_only() -> None:
     preempted = placed(make_sequence((1, 2), (3, 4, 5)), 0, [0, 1])
     assert build((preempted, 2)).sampled == []
-    assert build((preempted, 5)).sampled_rows.tolist() == [4]
+    assert build((preempted, 5)).layout.sampled_rows == [4]
 
 
 def test_a_draft_lies_behind_its_sequence_and_every_row_of_it_is_sampled() -> None:
@@ -61,15 +61,15 @@ def test_a_draft_lies_behind_its_sequence_and_every_row_of_it_is_sampled() -> No
         ScheduledSequence(decode, 1, draft_token_ids=(27, 28, 29)),
         ScheduledSequence(prefill, 3),
     ]
-    batch = build_batch(shares, TorchAttention(), [], BLOCK, torch.device("cpu"))
-    assert batch.input_ids.tolist() == [26, 27, 28, 29, 11, 12, 13]
-    assert batch.positions.tolist() == [5, 6, 7, 8, 0, 1, 2]
+    batch = build_batch(shares, BLOCK)
+    assert batch.input_ids(torch.device("cpu")).tolist() == [26, 27, 28, 29, 11, 12, 13]
+    assert batch.layout.positions == [5, 6, 7, 8, 0, 1, 2]
     slots = [9 * 4 + 1, 9 * 4 + 2, 9 * 4 + 3, 5 * 4, 7 * 4, 7 * 4 + 1, 7 * 4 + 2]
-    assert batch.metadata.slot_mapping.tolist() == slots
-    assert batch.metadata.query_lens == [4, 3]
-    assert batch.metadata.context_lens == [9, 3]
+    assert batch.layout.slots == slots
+    assert batch.layout.query_lens == [4, 3]
+    assert batch.layout.context_lens == [9, 3]
     assert batch.sampled == [0, 0, 0, 0, 1]
-    assert batch.sampled_rows.tolist() == [0, 1, 2, 3, 6]
+    assert batch.layout.sampled_rows == [0, 1, 2, 3, 6]
     assert decode.token_ids == [21, 22, 23, 24, 25, 26]
 
 
@@ -99,7 +99,7 @@ def test_a_chunk_merges_the_rows_of_images_that_it_covers(
     expected = [(key, first, row + 3, count) for key, first, row, count in merges]
     got = [(item.content_key, first, row, count) for item, first, row, count in batch.merges]
     assert got == expected
-    ids = batch.input_ids.tolist()
+    ids = batch.input_ids(torch.device("cpu")).tolist()
     assert ids[:3] == [51, 52, 53]
     assert ids[3:] == [0 if t == IMAGE else t for t in PROMPT[start : start + num]]
     assert sequence.token_ids == list(PROMPT)

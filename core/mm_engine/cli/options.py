@@ -27,6 +27,16 @@ Device = Annotated[
         help="Where to run; auto takes CUDA if there is one.", rich_help_panel=MODEL_PANEL
     ),
 ]
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel-size",
+        "-tp",
+        min=1,
+        help="Processes, each with a GPU of its own, that share the model's weights.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 LoadFormat = Annotated[
     Literal["auto", "dummy"],
     typer.Option(

@@ -28,7 +28,7 @@ class Runner(Protocol):
         """Compute one step.
 
         Raises:
-            EngineDead: what it computes with is gone. Anything else costs the sequences of the step.
+            EngineDead: what it computes with is gone. Anything else costs the step's sequences.
         """
         ...
 

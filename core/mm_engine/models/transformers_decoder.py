@@ -34,6 +34,7 @@ from mm_engine.models.transformers_checks import (
     check_config,
     refusing,
 )
+from mm_engine.models.transformers_parallel import share_out
 from mm_engine.models.transformers_parts import (
     CalledLinear,
     Composite,
@@ -92,6 +93,15 @@ class TransformersDecoder(nn.Module):
             if any(tied):
                 self.causal.set_submodule(self.head_path, TiedHead(embedding))
             self._install_layers(config.num_hidden_layers)
+        if ctx.shard.size > 1:
+            plan = getattr(self.causal.base_model.config, "base_model_tp_plan", None)
+            if not share_out(self.backbone, plan, ctx.shard):
+                logger.warning(
+                    "Each of the %d processes holds all of the text backbone: transformers has no "
+                    "plan by which to share out %s.",
+                    ctx.shard.size,
+                    self.model_type,
+                )
         self.composite = self._find_composite(ctx.hf_config, config)
         if self.composite is not None and not self.composite.has_bias:
             head: Any = self._head

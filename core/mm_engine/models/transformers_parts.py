@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForImageTextToText
 from transformers.utils.generic import ModelOutput
 
+from mm_engine.config import Piece
 from mm_engine.models.layers import Linear
 from mm_engine.models.transformers_attention import Unsupported
 
@@ -120,6 +121,18 @@ class CalledLinear(Linear):
         self.in_features, self.out_features = plain.in_features, plain.out_features
         for name, parameter in plain.named_parameters():
             self.register_parameter(name, parameter)
+
+    def cut(self, *, rows: Piece | None = None, columns: Piece | None = None) -> None:
+        """Hold these rows or columns only, uninitialised: the weights are loaded later."""
+        self.rows, self.columns = rows, columns
+        shape = [self.out_features, self.in_features]
+        for dim, piece in ((0, rows), (1, columns)):
+            if piece is not None:
+                shape[dim] = piece.length
+        weight, bias = self.weight, self.bias
+        self.weight = nn.Parameter(weight.new_empty(shape), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.new_empty(shape[0]), requires_grad=False)
 
 
 def path_of(model: nn.Module, wanted: nn.Module | None) -> str:

@@ -30,6 +30,7 @@ class EngineFlags:
     dtype: options.Dtype = "auto"
     device: options.Device = "auto"
     attention_backend: options.AttentionBackend = "auto"
+    tensor_parallel_size: options.TensorParallelSize = 1
     max_model_len: options.MaxModelLen = None
     load_format: options.LoadFormat = "auto"
     plugin: options.Plugins = None
