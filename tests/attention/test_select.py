@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from mm_engine_kernels import ops
 
 from mm_engine.attention import importing, select, torch_varlen
 from mm_engine.attention.backend import Attention, Needs
@@ -26,9 +27,8 @@ from mm_engine.errors import StartupError
 
 INSTALL = "pip install 'mm-engine[cuda]'"
 NO_FLASH = f"flash-attn isn't installed: {INSTALL}"
-NO_TRITON = "triton isn't installed: pip install triton"
+NO_TRITON = f"triton isn't installed: {INSTALL}"
 TORCH = importing.torch_version()
-VERSIONS = {"flash-attn": "2.8.3", "triton": "3.9.0"}
 
 World = Callable[..., None]
 
@@ -46,44 +46,39 @@ def undefined_symbol() -> ImportError:
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    """`world(flash_attn=..., triton=...)`: what is imported, or what importing it raises.
+    """`world(flash_attn=...)`: what is imported, or what importing it raises; `absent=(...)`.
 
-    Without arguments both are installed, and every card computes what it should.
+    Without arguments both packages are installed, and every card computes what it should.
     """
+
+    real_loader = ops.LOADERS["triton"]
 
     def set_up(
         *,
         flash_attn: ModuleType | Exception | None = None,
-        triton: Exception | None = None,
         absent: tuple[str, ...] = (),
         fault: Callable[[Any, Needs], str | None] = lambda backend, needs: None,
     ) -> None:
         package = ModuleType("flash_attn")
         for function in (flash_attn_varlen_func, flash_attn_with_kvcache):
             setattr(package, function.__name__, function)
-        found: dict[str, Any] = {
-            "flash_attn": flash_attn or package,
-            "triton": triton or ModuleType("triton"),
-        }
         real = importlib.import_module
 
-        def import_module(name: str, *args: Any) -> Any:
-            if name in absent:
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-            if isinstance(found.get(name), Exception):
-                raise found[name]
-            return found.get(name) or real(name, *args)
+        def import_module(name: str, package: str | None = None) -> Any:
+            if name == "flash_attn" and isinstance(flash_attn, Exception):
+                raise flash_attn
+            return real(name, package)
 
         monkeypatch.setattr(importlib, "import_module", import_module)
-        for name in ("flash_attn", "triton"):
-            if isinstance(found[name], ModuleType):
-                monkeypatch.setitem(sys.modules, name, found[name])
-        for name in ("paged_decode", "paged_prefill", "write_kv"):
-            kernel = ModuleType(name)
-            setattr(kernel, name, None)
-            monkeypatch.setitem(sys.modules, f"mm_engine_kernels.triton.{name}", kernel)
+        monkeypatch.setitem(sys.modules, "flash_attn", flash_attn or package)
+        for name in absent:
+            monkeypatch.setitem(sys.modules, name, None)  # Python's way to say so
+        installed = "triton" not in absent
+        loader = (lambda device_type: ("3.9.0", None)) if installed else real_loader
+        monkeypatch.setitem(ops.LOADERS, "triton", loader)
         version = metadata.version
-        monkeypatch.setattr(metadata, "version", lambda name: VERSIONS.get(name) or version(name))
+        versions = {"flash-attn": "2.8.3"}
+        monkeypatch.setattr(metadata, "version", lambda name: versions.get(name) or version(name))
         monkeypatch.setattr(select, "fault_of", fault)
 
     return set_up
@@ -283,11 +278,8 @@ def test_one_that_is_named_and_cannot_serve_is_refused_with_its_reason(world: Wo
         assert str(raised.value) == told
 
 
-def test_on_a_cpu_it_is_torch(
-    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world()
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which makes Triton no better a choice
+def test_on_a_cpu_it_is_torch(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world()  # Triton runs under its interpreter, and is no better a choice for that
     line = "torch: Attention: torch (the others need a CUDA card)"
     assert chosen(caplog, "auto", card(None)) == line
 
@@ -300,13 +292,16 @@ def test_on_a_cpu_what_is_for_cards_is_refused(world: World, name: str) -> None:
 
 
 def test_on_a_cpu_triton_runs_under_its_interpreter_only(
-    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world()
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert chosen(caplog, "triton", card(None)) == "triton: Attention: triton 3.9.0 (as asked)"
-    monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(StartupError, match=r"triton needs a CUDA card \(or TRITON_INTERPRET=1"):
+    triton = pytest.importorskip("triton", reason="triton isn't installed")
+    from mm_engine_kernels.triton import device
+
+    monkeypatch.setattr(device, "INTERPRETED", True)
+    line = f"triton: Attention: triton {triton.__version__} (as asked)"
+    assert chosen(caplog, "triton", card(None)) == line
+    monkeypatch.setattr(device, "INTERPRETED", False)
+    with pytest.raises(StartupError, match="here: triton doesn't run on cpu: set TRITON_INTERPRET"):
         choose("triton", card(None))
 
 

@@ -9,13 +9,14 @@ import inspect
 from typing import ClassVar
 
 import torch
+from mm_engine_kernels import ops
 from torch import Tensor
 from torch.nn.functional import pad
 
 from mm_engine.attention.backend import HALVES, Attention, Needs
 from mm_engine.attention.importing import import_fault, version_of
-from mm_engine.attention.kv_writer import kv_writer
 from mm_engine.attention.metadata import AttentionMetadata
+from mm_engine.attention.triton_paged import triton_fault
 
 PAGE = 256  # tokens: its paged kernels take blocks of multiples of this
 INSTALL = "pip install 'mm-engine[cuda]'"
@@ -32,7 +33,8 @@ class FlashAttention:
 
         self.version = version_of("flash-attn")
         self._varlen, self._with_kvcache = flash_attn_varlen_func, flash_attn_with_kvcache
-        self._write_kv, self.captures = kv_writer()
+        # The reference's write, which runs without Triton, asks the device about rows of padding.
+        self.captures = triton_fault("cuda") is None
 
     @classmethod
     def unfit(cls, needs: Needs) -> str | None:
@@ -58,7 +60,7 @@ class FlashAttention:
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
         key_cache, value_cache = metadata.kv_caches[layer.layer_index]
-        self._write_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
+        ops.write_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
         # Both ends of its window are inclusive, and its 0 is no cap.
         window = (-1, -1) if layer.sliding_window is None else (layer.sliding_window - 1, 0)
         if metadata.max_query_len == 1:

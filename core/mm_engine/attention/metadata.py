@@ -51,9 +51,13 @@ class AttentionMetadata:
         for num in query_lens:
             starts.append(starts[-1] + num)
 
+        device = slot_mapping.device
+
         def tensor(values: list[int]) -> Tensor:
-            on_host = torch.tensor(values, dtype=torch.int32)
-            return on_host.to(slot_mapping.device, non_blocking=True)
+            # Pinned, or the copy would wait for what the device is doing.
+            pinned = device.type == "cuda"
+            on_host = torch.tensor(values, dtype=torch.int32, pin_memory=pinned)
+            return on_host.to(device, non_blocking=True)
 
         return cls(
             backend=backend,

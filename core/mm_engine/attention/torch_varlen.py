@@ -6,16 +6,15 @@ processors: where it chose to by itself, torch 2.13 has given wrong rows.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from typing import Any, ClassVar
 
+from mm_engine_kernels import ops
 from torch import Tensor
 
 from mm_engine.attention.backend import Attention, Needs
 from mm_engine.attention.flash_attn import PAGE, context_starts, flash_limits
 from mm_engine.attention.importing import torch_version
-from mm_engine.attention.kv_writer import kv_writer
 from mm_engine.attention.metadata import AttentionMetadata
 
 
@@ -24,13 +23,13 @@ class VarlenAttention:
 
     name: ClassVar = "varlen"
     block_multiple: ClassVar = PAGE
+    captures = False  # it makes a tensor once a step, which a replayed graph would not
 
     def __init__(self) -> None:
         from torch.nn.attention.varlen import varlen_attn
 
         self._varlen = varlen_attn
         self.version = f"of torch {torch_version()}"
-        self._write_kv, self.captures = kv_writer()
 
     @classmethod
     def unfit(cls, needs: Needs) -> str | None:
@@ -56,7 +55,7 @@ class VarlenAttention:
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
         key_cache, value_cache = metadata.kv_caches[layer.layer_index]
-        self._write_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
+        ops.write_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
         # Both ends of its window are inclusive; (-1, 0) is causal without a window.
         left = -1 if layer.sliding_window is None else layer.sliding_window - 1
         out = self._varlen(
@@ -80,8 +79,8 @@ class VarlenAttention:
 
 def _parameters() -> dict[str, Any]:
     """The parameters of `varlen_attn`; none where PyTorch has no such function."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
         return {}
-    from torch.nn.attention.varlen import varlen_attn
-
     return dict(inspect.signature(varlen_attn).parameters)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import ClassVar
 
-import torch
+from mm_engine_kernels import ops
 from torch import Tensor
 
 from mm_engine.attention.backend import Attention, Needs
-from mm_engine.attention.importing import import_fault, version_of
 from mm_engine.attention.metadata import AttentionMetadata
-
-INSTALL = "pip install triton"
 
 
 class TritonAttention:
@@ -26,12 +22,7 @@ class TritonAttention:
     captures = True
 
     def __init__(self) -> None:
-        from mm_engine_kernels.triton.paged_decode import paged_decode
-        from mm_engine_kernels.triton.paged_prefill import paged_prefill
-        from mm_engine_kernels.triton.write_kv import write_kv
-
-        self.version = version_of("triton")
-        self._decode, self._prefill, self._write_kv = paged_decode, paged_prefill, write_kv
+        self.version, self._kernels = ops.LOADERS["triton"]("cuda")
 
     @classmethod
     def unfit(cls, needs: Needs) -> str | None:
@@ -39,7 +30,7 @@ class TritonAttention:
         if needs.capability is not None and needs.capability < (8, 0):
             major, minor = needs.capability
             return f"needs a card of compute capability 8.0 or newer, not {major}.{minor}"
-        return triton_fault(needs.device)
+        return triton_fault(needs.device.type)
 
     def attend(
         self,
@@ -51,9 +42,9 @@ class TritonAttention:
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
         key_cache, value_cache = metadata.kv_caches[layer.layer_index]
-        self._write_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
+        self._kernels.write_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
         if metadata.max_query_len == 1:
-            return self._decode(
+            return self._kernels.paged_decode(
                 query,
                 key_cache,
                 value_cache,
@@ -64,7 +55,7 @@ class TritonAttention:
                 layer.softcap,
                 max_context_len=metadata.max_context_len,
             )
-        return self._prefill(
+        return self._kernels.paged_prefill(
             query,
             key_cache,
             value_cache,
@@ -78,8 +69,10 @@ class TritonAttention:
         )
 
 
-def triton_fault(device: torch.device) -> str | None:
-    """Why our Triton kernels can't run on `device`, as words behind the name; None: they can."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "needs a CUDA card (or TRITON_INTERPRET=1, its interpreter, which is slow)"
-    return import_fault("triton", "triton", INSTALL)
+def triton_fault(device_type: str) -> str | None:
+    """Why our kernels can't run on such a device, as words behind "triton"; None: they can."""
+    try:
+        ops.LOADERS["triton"](device_type)
+    except ops.Unavailable as error:
+        return str(error).removeprefix("triton ")
+    return None
