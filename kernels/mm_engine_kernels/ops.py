@@ -31,6 +31,7 @@ TRITON_FILES = {
     "paged_decode": "paged_decode",
     "paged_prefill": "paged_prefill",
     "merge_by_position": "merge_by_position",
+    "sample": "sample",
 }
 
 
@@ -220,6 +221,18 @@ def merge_by_position(embeddings: Tensor, rows: Tensor, positions: Tensor) -> Te
     return _kernels[embeddings.device.type].merge_by_position(embeddings, rows, positions)
 
 
+def sample(
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+) -> Tensor:
+    """See `reference.sample`."""
+    return _kernels[logits.device.type].sample(logits, uniform, temperature, top_k, top_p, min_p)
+
+
 OPS = (
     "rms_norm",
     "add_rms_norm",
@@ -229,4 +242,5 @@ OPS = (
     "paged_decode",
     "paged_prefill",
     "merge_by_position",
+    "sample",
 )

@@ -178,3 +178,61 @@ def paged_prefill(
 def merge_by_position(embeddings: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """Put `rows` `[N, hidden]` at `positions` `[N]` of `embeddings` `[T, hidden]`, in place."""
     return embeddings.index_copy_(0, positions, rows.to(embeddings.dtype))
+
+
+def sample(
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+) -> Tensor:
+    """One id for each row of `logits` `[N, V]` float32, by inverting its distribution; `[N]` int64.
+
+    `uniform` `[N]` is below 1; `temperature` `[N]` above 0. `top_k` `[N]` of V, `top_p` `[N]` of 1
+    and `min_p` `[N]` of 0 cut nothing. Logits may be -inf; such an id is never drawn, nor is one
+    that was cut. In the order of ids, it is the first whose cumulative probability exceeds the
+    draw.
+    """
+    probs = kept_probs(logits, temperature, top_k, top_p, min_p)
+    # float64: over a large vocabulary float32 sums lose the tail.
+    cumulative = probs.double().cumsum(-1)
+    draw = uniform.double()[:, None] * cumulative[:, -1:]
+    # `right`: the first id whose cumulative probability exceeds the draw, never one of zero.
+    index = torch.searchsorted(cumulative, draw, right=True)
+    last = (probs > 0).double().cumsum(-1).argmax(-1, keepdim=True)  # the last id not cut
+    return torch.minimum(index, last).squeeze(1)
+
+
+def kept_probs(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    """The distributions that `sample` draws from, zero where they are cut; not normalised again.
+
+    `min_p` cuts what is below that share of the likeliest.
+    """
+    probs = (logits / temperature[:, None]).softmax(-1)
+    if bool((top_k < logits.shape[1]).any()) or bool((top_p < 1.0).any()):
+        probs = cut_top(probs, top_k, top_p[:, None])
+    if bool((min_p > 0).any()):
+        floor = probs.amax(-1, keepdim=True) * min_p[:, None]
+        probs = probs.masked_fill(probs < floor, 0.0)
+    return probs
+
+
+def cut_top(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Zero all but each row's `top_k` `[N]` likeliest, then all past mass `top_p` `[N, 1]` of them.
+
+    The token that reaches the mass stays (nucleus sampling, arXiv:1904.09751); ties go to the
+    lower id.
+    """
+    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(probs.shape[1], device=probs.device)
+    ordered = ordered.masked_fill(ranks >= top_k[:, None], 0.0)
+    mass = ordered.cumsum(-1)
+    # Mass before a token, as a share of what top_k left; the first token always stays.
+    before = (mass - ordered) / mass[:, -1:]
+    # Rounded sums reach 1 before the end: a row that isn't to be cut must be left alone.
+    ordered = ordered.masked_fill((before >= top_p) & (ranks > 0) & (top_p < 1.0), 0.0)
+    return torch.zeros_like(probs).scatter_(1, ids, ordered)

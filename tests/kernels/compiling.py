@@ -24,6 +24,7 @@ from mm_engine_kernels.triton import (
     paged_prefill,
     rms_norm,
     rotary,
+    sample,
     silu_mul,
     write_kv,
 )
@@ -109,6 +110,15 @@ def small_ops() -> None:
     merge_by_position.merge_by_position(x, empty(9, 4096, dtype=F32), empty(9, dtype=torch.int64))
 
 
+def draw() -> None:
+    """A row of a large vocabulary, and one that isn't aligned."""
+    for size in (151936, 32003):
+        numbers = [empty(8, dtype=F32) for _ in range(3)]
+        uniform, top_k = empty(8, dtype=torch.float64), empty(8, dtype=torch.int64)
+        logits, (temperature, top_p, min_p) = empty(8, size, dtype=F32), numbers
+        sample.sample(logits, uniform, temperature, top_k, top_p, min_p)
+
+
 #: A representative subset, by capability: every kernel, each dtype of caches, each shape of tiles
 #: that the launchers choose for head sizes 64, 128 and 256. All combinations would take minutes.
 LAUNCHES: dict[int, dict[str, Callable[[], Any]]] = {
@@ -124,6 +134,7 @@ LAUNCHES: dict[int, dict[str, Callable[[], Any]]] = {
         "prefill-64-float32": prefill(64, F32, F32),
         "write-128": store(128, BF16, BF16),
         "small-ops": small_ops,
+        "sample": draw,
     },
     80: {
         "decode-128-one-split": decode(128, BF16, BF16, num_splits=1),

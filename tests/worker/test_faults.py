@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from mm_engine_kernels.reference import cut_top
 from torch import Tensor
 
 from mm_engine import LLM, SamplingParams
@@ -17,7 +18,6 @@ from mm_engine.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from mm_engine.worker.encoder import Encoder
 from mm_engine.worker.loader import open_model
 from mm_engine.worker.model_runner import ModelRunner
-from mm_engine.worker.sampler import cut_top
 from poisoned import NUM_BLOCKS, POISON, make_poisoned
 from sequences import make_item, make_sequence
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from mm_engine_kernels.reference import cut_top
 from torch import Tensor
 from transformers import (
     MinPLogitsWarper,
@@ -15,7 +16,7 @@ from transformers import (
 )
 
 from mm_engine.sequence import SampledToken, Sequence
-from mm_engine.worker.sampler import Sampler, cut_top
+from mm_engine.worker.sampler import Sampler
 from sequences import make_sequence
 
 VOCAB = 32

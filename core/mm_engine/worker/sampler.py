@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from mm_engine_kernels import ops
 from torch import Tensor
 
 from mm_engine.sampling_params import SamplingParams
@@ -192,36 +193,23 @@ class Sampler:
     def _draw(self, logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
         """Draw one token for each row by inverting its cumulative distribution."""
         params = [sequence.request.sampling_params for sequence in sequences]
-        device = logits.device
+        device, vocab = logits.device, logits.shape[1]
 
         def column(values: list[float]) -> Tensor:
-            return to_device(values, device, torch.float32)[:, None]
+            return to_device(values, device, torch.float32)
 
-        logits = logits / column([p.temperature for p in params])
-        probs = logits.softmax(-1)
-        if any(p.top_k > 0 or p.top_p < 1.0 for p in params):
-            probs = cut_top(
-                probs,
-                to_device([p.top_k if p.top_k > 0 else logits.shape[1] for p in params], device),
-                column([p.top_p for p in params]),
-            )
-        if any(p.min_p > 0 for p in params):
-            floor = probs.amax(-1, keepdim=True) * column([p.min_p for p in params])
-            probs = probs.masked_fill(probs < floor, 0.0)
-        # float64: over a large vocabulary float32 sums lose the tail.
-        cumulative = probs.double().cumsum(-1)
-        uniform = to_device(
-            [
-                torch.rand(1, generator=self._state(s).generator, dtype=torch.float64).tolist()
-                for s in sequences
-            ],
-            device,
-            torch.float64,
+        uniform = [
+            torch.rand(1, generator=self._state(s).generator, dtype=torch.float64).item()
+            for s in sequences
+        ]
+        return ops.sample(
+            logits,
+            to_device(uniform, device, torch.float64),
+            column([p.temperature for p in params]),
+            to_device([p.top_k if p.top_k > 0 else vocab for p in params], device),
+            column([p.top_p for p in params]),
+            column([p.min_p for p in params]),
         )
-        # `right`: the first id whose cumulative probability exceeds the draw, never one of zero.
-        index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        last = (probs > 0).double().cumsum(-1).argmax(-1, keepdim=True)  # the last id not cut
-        return torch.minimum(index, last).squeeze(1)
 
 
 def _report(raw: Tensor, chosen: Tensor, wanted: list[int], params: list[SamplingParams]) -> Report:
@@ -238,20 +226,3 @@ def _report(raw: Tensor, chosen: Tensor, wanted: list[int], params: list[Samplin
         HostCopy(ranks),
         (HostCopy(top.indices), HostCopy(top.values)) if top is not None else None,
     )
-
-
-def cut_top(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Zero all but each row's `top_k` `[N]` likeliest, then all past mass `top_p` `[N, 1]` of them.
-
-    The token that reaches the mass stays (nucleus sampling, arXiv:1904.09751); ties go to the
-    lower id.
-    """
-    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(probs.shape[1], device=probs.device)
-    ordered = ordered.masked_fill(ranks >= top_k[:, None], 0.0)
-    mass = ordered.cumsum(-1)
-    # Mass before a token, as a share of what top_k left; the first token always stays.
-    before = (mass - ordered) / mass[:, -1:]
-    # Rounded sums reach 1 before the end: a row that isn't to be cut must be left alone.
-    ordered = ordered.masked_fill((before >= top_p) & (ranks > 0) & (top_p < 1.0), 0.0)
-    return torch.zeros_like(probs).scatter_(1, ids, ordered)
