@@ -98,9 +98,9 @@ class Load:
     def _note(self, batch: ScheduledBatch) -> None:
         """What the engine does with a step's tokens, text and stops aside."""
         for share in batch.sequences:
-            samples = share.samples
-            self.scheduler.kv_cache.advance(share.sequence, share.num_new_tokens)
-            if samples:
+            share.sequence.num_computed_tokens = share.end
+            self.scheduler.kv_cache.keep(share.sequence, share.start, share.end)
+            if share.samples:
                 share.sequence.token_ids.append(7)
 
     def admission(self, num: int, image: str | None) -> float:

@@ -127,8 +127,8 @@ class Trace:
         """Watch `llm`'s scheduler from now on."""
         trace, schedule = cls(), llm.engine.scheduler.schedule
 
-        def watched() -> ScheduledBatch:
-            batch = schedule()
+        def watched(in_flight: ScheduledBatch | None) -> ScheduledBatch:
+            batch = schedule(in_flight)
             trace.note(batch)
             return batch
 

@@ -6,9 +6,22 @@ from typing import Any
 
 from torch import Tensor
 
+from mm_engine.engine.fault_barrier import Computed
 from mm_engine.request import Item, PlaceholderRange, Request
 from mm_engine.sampling_params import SamplingParams
-from mm_engine.sequence import Sequence
+from mm_engine.sequence import ScheduledBatch, Sequence, StepResult
+
+
+class AtOnce:
+    """A runner whose steps are computed where they are launched."""
+
+    def run(self, batch: ScheduledBatch) -> StepResult:
+        """Compute one step."""
+        raise NotImplementedError
+
+    def launch(self, batch: ScheduledBatch) -> Computed:
+        """A step that is over."""
+        return Computed(self.run(batch))
 
 
 def make_sequence(

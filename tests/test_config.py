@@ -25,6 +25,8 @@ from mm_engine.errors import StartupError
         {"num_speculative_tokens": -1},
         {"num_speculative_tokens": 2.0},
         {"num_speculative_tokens": True},
+        {"async_scheduling": 1},
+        {"async_scheduling": "on"},
         {"prompt_lookup_max": 0},
         {"prompt_lookup_max": 33},
         {"prompt_lookup_max": None},
@@ -57,6 +59,8 @@ def test_an_option_out_of_range_is_named(options: dict[str, Any]) -> None:
     [
         {"max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1},
         {"num_speculative_tokens": 1, "prompt_lookup_max": 1, "prompt_lookup_min": 1},
+        {"num_speculative_tokens": 1, "async_scheduling": False},
+        {"async_scheduling": True},
         {"prompt_lookup_max": 32, "prompt_lookup_min": 32},
         {"kv_cache_memory": 1},
         {"max_decode_slowdown": 1.01},
@@ -103,3 +107,8 @@ def test_an_attention_backend_may_be_written_as_in_vllm(text: str, name: str) ->
 def test_another_attention_backend_is_refused_before_anything_is_loaded(text: Any) -> None:
     with pytest.raises(StartupError, match=f"^attention backend is not known: {text}. Use auto, "):
         EngineConfig(model="m", attention_backend=text)
+
+
+def test_guesses_and_steps_that_overlap_are_refused_together() -> None:
+    with pytest.raises(StartupError, match="don't go together: .* Leave one of them out."):
+        EngineConfig(model="m", num_speculative_tokens=3, async_scheduling=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from mm_engine import LLM, SamplingParams
 from mm_engine.errors import MMEngineError, RequestError, StartupError
 from mm_engine.outputs import RequestOutput
-from mm_engine.sequence import SampledToken, ScheduledBatch
+from mm_engine.sequence import ScheduledBatch
 from parity import picture
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
@@ -145,18 +145,17 @@ def test_an_interrupt_leaves_nothing_running(
         "there",
     ]
     runner: Any = llm.engine.runner
-    run, seen = runner.run, 0
+    launch, seen = runner.launch, 0
 
-    def interrupted(batch: ScheduledBatch) -> list[SampledToken]:
+    def interrupted(batch: ScheduledBatch) -> Any:
         nonlocal seen
         seen += 1
         if seen == num_steps:
             raise KeyboardInterrupt
-        result: list[SampledToken] = run(batch)
-        return result
+        return launch(batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "run", interrupted)
+        patch.setattr(runner, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(prompts, GREEDY)
     assert llm.engine.stats().num_used_blocks == 0

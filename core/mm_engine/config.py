@@ -50,6 +50,9 @@ class EngineConfig:
     encoder_cache_memory: int | None = None
     #: Bytes of mapped images that are kept, in the front and in the engine process each; 0: none.
     mm_processor_cache_memory: int = 256 * 2**20
+    #: Prepare each step while the device computes the one before it. None: on a CUDA device, unless
+    #: there is speculative decoding, whose guesses wait for the tokens before them.
+    async_scheduling: bool | None = None
     memory_utilization: float = 0.9  # of the device's memory; on a CPU, of what is available
     #: Speculative decoding by n-gram lookup: the most tokens that a step guesses of one answer; 0:
     #: off. The newest `prompt_lookup_max` tokens are looked up in what came before, then fewer,
@@ -94,6 +97,13 @@ class EngineConfig:
             ok = type(value) is int and value >= least and (most is None or value <= most)
             above = "of at least 0" if most is None else f"from {least} to {most}"
             _check(ok, name, value, f"an integer {above}")
+        ahead = self.async_scheduling
+        _check(ahead is None or type(ahead) is bool, "async_scheduling", ahead, "True or False")
+        if ahead and self.num_speculative_tokens:
+            raise StartupError(
+                "async_scheduling and speculative decoding don't go together: a guess waits for "
+                "the tokens before it. Leave one of them out."
+            )
         kept = self.mm_processor_cache_memory
         ok = type(kept) is int and kept >= 0
         _check(ok, "mm_processor_cache_memory", kept, "an integer of at least 0")

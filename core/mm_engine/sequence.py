@@ -31,7 +31,7 @@ class Sequence:
     request: Request
     index: int = 0  # which of the request's n completions
     token_ids: list[int] = field(init=False)  # prompt, then output
-    num_computed_tokens: int = 0  # how many of token_ids have their keys and values in the cache
+    num_computed_tokens: int = 0  # of token_ids: those in the cache, or in a launched step
     num_cached_tokens: int | None = None  # found in the cache when it was admitted first
     block_table: list[int] = field(default_factory=list)  # owner: engine/kv_cache.py
     block_keys: list[bytes] = field(default_factory=list)  # owner: engine/block_keys.py
@@ -85,40 +85,44 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED
 
 
-class ScheduledSequence(NamedTuple):  # a step makes hundreds, and tuples are made fastest
+class _Share(NamedTuple):  # a step makes hundreds, and tuples are made fastest
+    sequence: Sequence
+    num_new_tokens: int
+    draft_token_ids: tuple[int, ...]  # only where `samples`
+    start: int
+    samples: bool
+
+
+class ScheduledSequence(_Share):
     """One sequence's share of a step: its next `num_new_tokens` uncomputed tokens.
 
     A decode may have a draft behind them: guesses of the tokens to come, which the step computes
     as if they were known. Those that the model would have sampled are taken.
+
+    `start` is the position of its first token. `samples` says that it reaches the sequence's last
+    token, so that a next one is sampled; with a draft up to `len(draft_token_ids)` more are. Both
+    are as they were when the share was planned: the sequence may have gone on since.
     """
 
-    sequence: Sequence
-    num_new_tokens: int
-    draft_token_ids: tuple[int, ...] = ()  # only where `samples`
+    __slots__ = ()
 
-    @property
-    def start(self) -> int:
-        """Position of the first token of this share."""
-        return self.sequence.num_computed_tokens
+    def __new__(
+        cls, sequence: Sequence, num_new_tokens: int, draft_token_ids: tuple[int, ...] = ()
+    ) -> ScheduledSequence:
+        """Plan the next tokens of a sequence."""
+        start = sequence.num_computed_tokens
+        samples = start + num_new_tokens == len(sequence.token_ids)
+        return tuple.__new__(cls, (sequence, num_new_tokens, draft_token_ids, start, samples))
 
     @property
     def end(self) -> int:
         """Position after the last known token of this share; a draft begins there."""
-        return self.sequence.num_computed_tokens + self.num_new_tokens
+        return self.start + self.num_new_tokens
 
     @property
     def num_rows(self) -> int:
         """Tokens that the model computes for this share: the known ones and the draft."""
         return self.num_new_tokens + len(self.draft_token_ids)
-
-    @property
-    def samples(self) -> bool:
-        """Whether this share reaches the sequence's last token, so that a next one is sampled.
-
-        With a draft up to `len(draft_token_ids)` more are.
-        """
-        sequence = self.sequence  # no properties: this runs for each in each step
-        return sequence.num_computed_tokens + self.num_new_tokens == len(sequence.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,10 @@ class ScheduledBatch:
     encode: tuple[Item, ...] = ()  # each content key once; their features go to the encoder cache
     evict: tuple[str, ...] = ()  # content keys whose features the worker drops before encoding
     encode_slice: EncodeSlice | None = None  # no sequence of this step needs that item's features
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.sequences or self.encode or self.evict or self.encode_slice)
 
     @property
     def num_tokens(self) -> int:

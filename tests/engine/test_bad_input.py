@@ -17,6 +17,13 @@ from mm_engine.errors import RequestError
 from mm_engine.outputs import ErrorInfo, RequestOutput
 from mm_engine.request import Request
 from mm_engine.sequence import SampledToken, ScheduledBatch, StepResult
+from sequences import AtOnce
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["one-by-one", "overlapped"])
+def overlaps(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
 
 LENGTHS = {"a": 6, "b": 6, "c": 6, "d": 6, "big": 20}
 NAN = ErrorInfo("PluginError", "compute_logits: got NaN")
@@ -100,7 +107,7 @@ def test_what_can_never_run_is_refused_and_leaves_no_trace(
 @pytest.mark.parametrize("aborted", ["first", "second"])
 @pytest.mark.parametrize("in_step", range(1, 9))
 def test_an_abort_while_a_step_runs_spoils_nothing_that_is_shared(
-    new_engine, new_request, run_all, neighbours, answers, aborted: str, in_step: int
+    new_engine, new_request, run_all, neighbours, answers, overlaps, aborted: str, in_step: int
 ) -> None:
     """In one of the steps it is in the middle of the image that both have, in another it has
     computed a block that the other waits for, in others they decode behind the same blocks."""
@@ -115,7 +122,7 @@ def test_an_abort_while_a_step_runs_spoils_nothing_that_is_shared(
     run_all(engine, sums, num_steps=1)
     runner.after_run = lambda: None
     assert {output.finish_reason for output in sums["X"].outputs} == {"abort"}
-    run_all(engine, sums, num_steps=1)
+    run_all(engine, sums, num_steps=1 + overlaps)  # what is in flight holds its blocks
     assert all(seq.request is not gone for seq in engine.scheduler.running)
     assert all(seq.request is not gone for seq in engine.encoder_cache._pinned_by)
     in_use = {block for seq in engine.scheduler.running for block in seq.block_table}
@@ -309,9 +316,9 @@ def test_blocks_that_are_all_in_use_are_waited_for_not_for_ever(
 
 
 def test_a_step_of_nobody_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    class Failing:
+    class Failing(AtOnce):
         def run(self, batch: ScheduledBatch) -> StepResult:
             raise ValueError
 
-    assert FaultBarrier(Failing()).run(ScheduledBatch((), evict=("a",))).tokens == []
+    assert FaultBarrier(Failing()).launch(ScheduledBatch((), evict=("a",))).result().tokens == []
     assert "ValueError at test_bad_input.py" in caplog.text

@@ -11,7 +11,12 @@ from checkpoints import make_llava
 from mm_engine import LLM, SamplingParams
 from mm_engine.config import EngineConfig
 from mm_engine.engine import build
-from mm_engine.engine.build import make_pace, num_cache_blocks, num_encoder_rows
+from mm_engine.engine.build import (
+    make_pace,
+    num_cache_blocks,
+    num_encoder_rows,
+    overlaps_steps,
+)
 from mm_engine.errors import PluginError, StartupError
 
 
@@ -148,6 +153,27 @@ def test_no_step_is_timed_that_is_longer_than_a_sequence_may_be(
     assert "can't be timed" not in caplog.text
     llm.generate("USER: Hello. ASSISTANT:", SamplingParams(max_tokens=5, ignore_eos=True))
     assert len(pace._factors) == 6, "each step tells it how long it took"
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "overlaps"),
+    [
+        ("cpu", {}, False),
+        ("cpu", {"async_scheduling": True}, True),
+        ("cuda", {}, True),
+        ("cuda", {"async_scheduling": False}, False),
+        ("cuda", {"num_speculative_tokens": 3}, False),
+        ("cpu", {"num_speculative_tokens": 3}, False),
+    ],
+    ids=str,
+)
+def test_steps_overlap_where_the_device_computes_by_itself(
+    device: str, options: dict[str, Any], overlaps: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert overlaps_steps(EngineConfig(model="none", **options), device) is overlaps
+    drops = device == "cuda" and "num_speculative_tokens" in options
+    assert ("prepared one by one: drafts wait" in caplog.text) == drops
 
 
 def test_without_a_limit_nothing_is_timed() -> None:

@@ -9,11 +9,12 @@ import pytest
 from mm_engine.errors import PluginError, RequestError
 from mm_engine.outputs import CompletionOutput, ErrorInfo, RequestOutput
 from mm_engine.sequence import SampledToken, ScheduledBatch, StepResult
+from sequences import AtOnce
 
 EOS_ID = 298
 
 
-class Scripted:
+class Scripted(AtOnce):
     """A runner that says given tokens; sampling is not what is tested here."""
 
     def __init__(self, token_ids: list[int]) -> None:
@@ -235,7 +236,7 @@ def test_a_step_that_raises_fails_only_the_request_to_blame(
     assert sums["B"].error.name == "MMEngineError"
     assert "ZeroDivisionError" in sums["B"].error.message
     assert "secret" not in sums["B"].error.message
-    assert "ZeroDivisionError at conftest.py:" in caplog.text
+    assert "ZeroDivisionError at checking_runner.py:" in caplog.text
     assert "Traceback" not in caplog.text and "secret" not in caplog.text
     for request in good:
         assert sums[request.request_id].outputs[0].token_ids == expected(request, 0, runner.vocab)

@@ -1,4 +1,4 @@
-"""Random lives of the engine. `CheckingRunner` (conftest) holds every step to the promises."""
+"""Random lives of the engine. `CheckingRunner` holds every step to the promises."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mm_engine.engine.pace import Pace
 from mm_engine.errors import RequestError
+from mm_engine.sequence import UNKNOWN_TOKEN
 
 TIMES = [(1, 1.0), (4, 1.5), (8, 4.0)]  # tokens in a step, seconds
 LENGTHS = {"a": 1, "b": 3, "c": 5, "d": 8}  # tokens of each image
@@ -38,6 +39,7 @@ class Sizes:
     enable_prefix_caching: bool
     max_decode_slowdown: float | None
     num_speculative_tokens: int
+    overlaps: bool
 
 
 parts = st.lists(
@@ -65,10 +67,11 @@ sizes = st.builds(
     enable_prefix_caching=st.booleans(),
     max_decode_slowdown=st.sampled_from([None, 1.1, 2.0, 4.0]),
     num_speculative_tokens=st.integers(0, 5),
+    overlaps=st.booleans(),
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=400)
 @given(st.lists(arrivals, min_size=1, max_size=8), sizes, st.sampled_from([1, 2, 20]))
 def test_every_request_ends_as_it_would_alone(
     new_engine, new_request, expected, check_blocks, arrived: list[Arrival], sizes: Sizes, vocab
@@ -76,7 +79,8 @@ def test_every_request_ends_as_it_would_alone(
     engine, runner = new_engine(
         num_blocks=sizes.num_blocks,
         vocab=vocab,  # the fewer letters, the oftener is a draft right
-        num_speculative_tokens=sizes.num_speculative_tokens,
+        num_speculative_tokens=0 if sizes.overlaps else sizes.num_speculative_tokens,
+        async_scheduling=sizes.overlaps,
         prompt_lookup_min=1,
         max_rows=sizes.max_rows,
         block_size=sizes.block_size,
@@ -119,6 +123,7 @@ def test_every_request_ends_as_it_would_alone(
         runner.after_run = lambda ids=in_step: [engine.abort(i) for i in ids]
         for output in engine.step():
             assert output.error is None
+            assert all(UNKNOWN_TOKEN not in new.token_ids for new in output.outputs)
             if output.request_id in sums:
                 assert not sums[output.request_id].finished, "news after the end"
                 sums[output.request_id].extend(output)
@@ -152,6 +157,11 @@ def test_every_request_ends_as_it_would_alone(
     assert engine.kv_cache.num_free_blocks == sizes.num_blocks
     assert engine.encoder_cache.num_rows == sum(runner.features.values()) <= sizes.max_rows
     assert (stats.num_prefix_hits == 0) or sizes.enable_prefix_caching
+    assert not runner.writes, "the result of each step was taken"
+    ends = [new.finish_reason for answer in sums.values() for new in answer.outputs]
+    assert runner.num_wasted <= (ends.count("stop") if sizes.overlaps else 0)
+    event(f"wasted tokens: {min(runner.num_wasted, 1)} (overlaps: {sizes.overlaps})")
+    event(f"waited for a result: {runner.num_waits > 1} (overlaps: {sizes.overlaps})")
     event(f"found in the cache: {stats.num_prefix_hits > 0}")
     event(f"evicted: {engine.kv_cache.num_evictions > 0}")
     event(f"preempted: {stats.num_preemptions > 0}")

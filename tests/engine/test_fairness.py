@@ -13,6 +13,7 @@ from mm_engine.config import EngineConfig
 from mm_engine.engine.engine import Engine
 from mm_engine.engine.pace import MIN_PROMPT_TOKENS, Pace
 from mm_engine.sequence import SampledToken, ScheduledBatch, StepResult
+from sequences import AtOnce
 
 #: Tokens in a step, seconds: a language model of 0.5B parameters on two cores.
 TIMES = [(1, 0.020), (8, 0.029), (32, 0.061), (128, 0.23), (512, 0.97), (2048, 4.0)]
@@ -26,7 +27,7 @@ def step_seconds(num_tokens: int) -> float:
     return float(np.interp(num_tokens, *zip(*TIMES, strict=True)))
 
 
-class TimedRunner:
+class TimedRunner(AtOnce):
     """Computes nothing, and takes its time: `now` is the clock of the simulation."""
 
     def __init__(self) -> None:

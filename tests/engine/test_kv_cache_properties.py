@@ -26,6 +26,13 @@ def past(sequence: Sequence, end: int) -> tuple[object, ...]:
     return (sequence.request.cache_salt, *keys, *sequence.token_ids[:end])
 
 
+def advance(cache: KVCache, sequence: Sequence, num: int) -> None:
+    """Note that the next `num` tokens are computed without a fault."""
+    start = sequence.num_computed_tokens
+    sequence.num_computed_tokens = start + num
+    cache.keep(sequence, start, start + num)
+
+
 class Pool(RuleBasedStateMachine):
     """Sequences arrive, share, compute, generate, are preempted or aborted; blocks run out."""
 
@@ -87,7 +94,7 @@ class Pool(RuleBasedStateMachine):
         if not fault:  # its keys and values are not to be trusted
             self._leave(sequence)
             return
-        self.cache.advance(sequence, num)
+        advance(self.cache, sequence, num)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), token=st.integers(0, 1))
@@ -110,11 +117,11 @@ class Pool(RuleBasedStateMachine):
         for block in sequence.block_table[first:]:
             assert not any(block in o.block_table for o in self.running if o is not sequence)
             self.content[block] = ("broken",)  # until the guesses are known to be right
-        self.cache.advance(sequence, 1)
+        advance(self.cache, sequence, 1)
         for _ in range(min(right, num)):
             sequence.token_ids.append(token)
             self.content_of(sequence, first)
-            self.cache.advance(sequence, 1)
+            advance(self.cache, sequence, 1)
         self.content_of(sequence, first)
         sequence.token_ids.append(token)
         self.cache.free_unused(sequence)

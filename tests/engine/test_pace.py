@@ -11,6 +11,7 @@ from mm_engine.engine.engine import Engine
 from mm_engine.engine.pace import NUM_OBSERVED, Pace
 from mm_engine.outputs import ErrorInfo
 from mm_engine.sequence import SampledToken, ScheduledBatch, StepResult
+from sequences import AtOnce
 
 TIMES = [(1, 1.0), (4, 1.0), (8, 3.0)]
 
@@ -51,7 +52,7 @@ def test_times_follow_the_fastest_of_the_newest_steps() -> None:
 
 
 def test_a_step_that_failed_says_nothing_about_time(new_request, tokenizer) -> None:
-    class Failing:
+    class Failing(AtOnce):
         def run(self, batch: ScheduledBatch) -> StepResult:
             error = ErrorInfo("PluginError", "no.")
             return StepResult([SampledToken(error=error) for _ in batch.sequences])

@@ -194,7 +194,7 @@ OTHERS = {
 def cache_after(sequence: Sequence, **options: object) -> KVCache:
     cache = KVCache(16, 4, **options)  # type: ignore[arg-type]
     cache.append(sequence, 9)
-    cache.advance(sequence, 9)
+    cache.keep(sequence, 0, 9)
     return cache
 
 

@@ -249,7 +249,8 @@ def test_shared_blocks_are_not_counted_on_when_younger_sequences_give_way(new_re
     for sequence, num in ((oldest, 4), (older, 4), (younger, 1)):
         cache.adopt(sequence, cache.lookup(sequence))
         cache.append(sequence, num)
-        cache.advance(sequence, num)
+        cache.keep(sequence, sequence.num_computed_tokens, sequence.num_computed_tokens + num)
+        sequence.num_computed_tokens += num
         sequence.status = SequenceStatus.RUNNING
         scheduler.running.append(sequence)
     assert younger.block_table[:2] == older.block_table

@@ -215,8 +215,8 @@ def test_answers_are_the_same_beside_decodes_that_keep_their_pace(checkpoint: Pa
 
     schedule = paced.engine.scheduler.schedule
 
-    def watched() -> ScheduledBatch:
-        batch = schedule()
+    def watched(in_flight: ScheduledBatch | None) -> ScheduledBatch:
+        batch = schedule(in_flight)
         slices.extend([batch.encode_slice] if batch.encode_slice else [])
         return batch
 

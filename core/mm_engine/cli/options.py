@@ -159,6 +159,15 @@ MMProcessorCacheMemory = Annotated[
         rich_help_panel=MEMORY_PANEL,
     ),
 ]
+AsyncScheduling = Annotated[
+    bool | None,
+    typer.Option(
+        "--async-scheduling/--no-async-scheduling",
+        help="Prepare each step while the device computes the one before it. Default: on a CUDA "
+        "device, without --speculative-config.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
 MemoryUtilization = Annotated[
     float,
     typer.Option(

@@ -126,6 +126,7 @@ def serve(
     encoder_cache_memory: options.EncoderCacheMemory = None,
     mm_processor_cache_memory: options.MMProcessorCacheMemory = "256MiB",
     speculative_config: options.SpeculativeConfig = None,
+    async_scheduling: options.AsyncScheduling = None,
     memory_utilization: options.MemoryUtilization = 0.9,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does.
@@ -159,6 +160,7 @@ def serve(
         encoder_cache_memory=encoder_cache_memory,
         mm_processor_cache_memory=mm_processor_cache_memory,
         speculative_config=speculative_config,
+        async_scheduling=async_scheduling,
         memory_utilization=memory_utilization,
     )
     config = EngineConfig(

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 
 from mm_engine.request import Item, Request
-from mm_engine.sequence import Sequence
+from mm_engine.sequence import UNKNOWN_TOKEN, Sequence
 
 
 class BlockKeys:
@@ -33,7 +33,9 @@ class BlockKeys:
         while len(keys) < num_blocks:
             start = len(keys) * size
             digest = hashlib.sha256(keys[-1] if keys else self._root(request))
-            digest.update(array("q", ids[start : start + size]))
+            content = ids[start : start + size]
+            assert UNKNOWN_TOKEN not in content, "a block of tokens that nobody knows"
+            digest.update(array("q", content))
             for item in _overlapping(request.items, start, start + size):
                 place = item.placeholder
                 digest.update(_frame(item.content_key))

@@ -57,14 +57,15 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
     profile_seconds = time.perf_counter() - start
     engine = Engine(
         runner,
-        config,
+        replace(config, async_scheduling=overlaps_steps(config, runner.device.type)),
         ctx.tokenizer,
         num_blocks=num_blocks,
         max_model_len=ctx.max_model_len,
         max_encoder_rows=max_encoder_rows,
         pace=pace,
         slices_images=runner.slices_images,
-        clock=time.perf_counter,
+        # Elsewhere a launch isn't the step, and nothing but slices depends on more than ratios.
+        clock=time.perf_counter if runner.slices_images else None,
         model=f"{ctx.checkpoint} · {opened.plugin.label} · {ctx.architecture} · {ctx.dtype}",
     )
     engine.info = EngineInfo(
@@ -81,6 +82,18 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         profile_seconds=profile_seconds,
     )
     return engine
+
+
+def overlaps_steps(config: EngineConfig, device: str) -> bool:
+    """Whether each step is prepared while the device computes the one before it."""
+    if config.async_scheduling is not None:
+        return config.async_scheduling
+    if device == "cpu":  # its steps are computed where they are launched
+        return False
+    if config.num_speculative_tokens:
+        logger.info("Steps are prepared one by one: drafts wait for the tokens before them.")
+        return False
+    return True
 
 
 def make_pace(runner: ModelRunner, config: EngineConfig, *, max_tokens: int) -> Pace | None:

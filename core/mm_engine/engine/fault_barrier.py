@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Protocol
 
@@ -17,15 +17,31 @@ from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, 
 logger = logging.getLogger(__name__)
 
 
+class Launched(Protocol):
+    """A step that the device may still be computing."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether a sequence is known to have failed, before the result is there."""
+        ...
+
+    def result(self) -> StepResult:
+        """Wait for the step, and for those launched before it."""
+        ...
+
+
 class Runner(Protocol):
     """What runs a step on the device.
 
-    A run that raised may be repeated: writes to the cache are idempotent, evicting what is gone
+    A launch that raised may be repeated: writes to the cache are idempotent, evicting what is gone
     and encoding what is there are harmless, and no sequence's sampling state has moved.
     """
 
-    def run(self, batch: ScheduledBatch) -> StepResult:
-        """Compute one step.
+    def launch(self, batch: ScheduledBatch) -> Launched:
+        """Start one step, behind those launched before it.
+
+        Those may be unfinished: where a sequence's newest token is `UNKNOWN_TOKEN`, they are about
+        to sample it.
 
         Raises:
             EngineDead: what it computes with is gone. Anything else costs the step's sequences.
@@ -41,6 +57,49 @@ class Runner(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A launched step whose result is there."""
+
+    known: StepResult
+
+    @property
+    def failed(self) -> bool:
+        """Whether a sequence has failed."""
+        return any(token.error is not None for token in self.known.tokens)
+
+    def result(self) -> StepResult:
+        """What it brought."""
+        return self.known
+
+
+@dataclass(frozen=True, slots=True)
+class _Guarded:
+    """A launched step whose result never raises.
+
+    Each of the model's calls has returned: what raises now is the device, and others may be
+    running behind this step. So it is not run again: all of its sequences fail.
+    """
+
+    launched: Launched
+    num_sequences: int
+
+    @property
+    def failed(self) -> bool:
+        return self.launched.failed
+
+    def result(self) -> StepResult:
+        try:
+            result = self.launched.result()
+        except BaseException as error:
+            if _is_everybodys(error):
+                raise
+            told = explain(error)
+            return StepResult([SampledToken(error=told) for _ in range(self.num_sequences)])
+        assert len(result.tokens) == self.num_sequences
+        return result
+
+
 class FaultBarrier:
     """A runner that never raises: what fails is run again alone, and only that gets an error.
 
@@ -51,21 +110,24 @@ class FaultBarrier:
         self._runner = runner
         self._owed_evictions: tuple[str, ...] = ()  # of batches in which nothing ran
 
-    def run(self, batch: ScheduledBatch) -> StepResult:
-        """Compute one step; a sequence that can't be computed gets an error for its token."""
-        if not (batch.sequences or batch.encode or batch.evict or batch.encode_slice):
-            return StepResult([])
+    def launch(self, batch: ScheduledBatch) -> Launched:
+        """Start one step; a sequence that can't be computed gets an error for its token.
+
+        Where the launch raises, each sequence has been run alone on return.
+        """
+        if not batch:
+            return Computed(StepResult([]))
         batch = replace(batch, evict=self._owed_evictions + batch.evict)
         self._owed_evictions = batch.evict
         try:
-            return self._run(batch)
+            return self._launch(batch)
         except BaseException as error:  # a plugin's model may raise anything, SystemExit too
             if _is_everybodys(error):
                 raise
             has_draft = any(share.draft_token_ids for share in batch.sequences)
             if len(batch.sequences) <= 1 and not has_draft:
                 told = explain(error)
-                return StepResult([SampledToken(error=told) for _ in batch.sequences])
+                return Computed(StepResult([SampledToken(error=told) for _ in batch.sequences]))
             logger.warning(
                 "A step of %d sequences failed: %s. Each is run alone, without a draft.",
                 len(batch.sequences),
@@ -81,13 +143,12 @@ class FaultBarrier:
         """See `Runner`."""
         self._runner.close()
 
-    def _run(self, batch: ScheduledBatch) -> StepResult:
-        result = self._runner.run(batch)
-        assert len(result.tokens) == len(batch.sequences)
+    def _launch(self, batch: ScheduledBatch) -> Launched:
+        launched = self._runner.launch(batch)
         self._owed_evictions = ()
-        return result
+        return _Guarded(launched, len(batch.sequences))
 
-    def _run_each_alone(self, batch: ScheduledBatch) -> StepResult:
+    def _run_each_alone(self, batch: ScheduledBatch) -> Computed:
         sampled: list[SampledToken] = []
         for share in batch.sequences:
             share = share._replace(draft_token_ids=())  # nobody asked for it: it fails nobody
@@ -95,12 +156,12 @@ class FaultBarrier:
             encode = tuple(item for item in batch.encode if item.content_key in keys)
             try:
                 alone = ScheduledBatch((share,), encode, self._owed_evictions)
-                sampled += self._run(alone).tokens
+                sampled += self._launch(alone).result().tokens
             except BaseException as error:
                 if _is_everybodys(error):
                     raise
                 sampled.append(SampledToken(error=explain(error)))
-        return StepResult(sampled)  # an item that is encoded in slices gets its next one
+        return Computed(StepResult(sampled))  # an item encoded in slices gets its next one
 
 
 def _is_everybodys(error: BaseException) -> bool:

@@ -168,20 +168,18 @@ class KVCache:
             return None
         return self._keys_of.extend(sequence, number + 1)[number]
 
-    def advance(self, sequence: Sequence, num_new_tokens: int) -> None:
-        """Note that the next `num_new_tokens` are computed, and keep the blocks that are now full.
+    def keep(self, sequence: Sequence, start: int, end: int) -> None:
+        """Keep the blocks that the tokens from `start` to `end` made full.
 
-        For tokens that were computed without a fault: others are given these blocks unseen.
+        For tokens that are known to be computed without a fault: others are given these blocks
+        unseen.
         """
-        start = sequence.num_computed_tokens
-        first = start // self.block_size
-        if first == (start + num_new_tokens) // self.block_size:  # as in most decodes: none is full
-            sequence.num_computed_tokens = start + num_new_tokens
+        first, after = start // self.block_size, end // self.block_size
+        if first == after or not self.reuses:  # as in most decodes: none is full
             return
-        keys = self.keys_completed_by(sequence, num_new_tokens)
-        sequence.num_computed_tokens = start + num_new_tokens
-        full = sequence.block_table[first : first + len(keys)]
-        for block, key in zip(full, keys, strict=True):
+        keys = self._keys_of.extend(sequence, after)
+        for number in range(first, after):
+            block, key = sequence.block_table[number], keys[number]
             if key not in self._block_of_key:  # else computed twice in one step: one is enough
                 assert self._key_of_block[block] is None
                 self._key_of_block[block] = key

@@ -36,7 +36,13 @@ another has pinned inside an image, or that an image takes which is being encode
 waits for, and meanwhile nobody behind it may pin more. If those holders can't move either (they
 wait for blocks that the first holds), no sequence can be scheduled: then the last is preempted,
 until one can. The last one left has the whole pool and the whole encoder cache to itself, and
-`add` refuses what doesn't fit those.
+what doesn't fit those was refused when it came.
+
+A step may be planned while the one before it is in flight: launched, and its result not known. It
+goes by what is sure to come: tokens that are sampled count before their ids are known. What the
+step in flight writes to stays with whoever has it, so nobody is preempted then, and who has ended
+keeps its blocks until the result is there. Where that holds somebody up, `waits_for_result` says
+so: the next step should be planned with nothing in flight.
 """
 
 from __future__ import annotations
@@ -52,8 +58,7 @@ from mm_engine.engine.kv_cache import KVCache
 from mm_engine.engine.pace import MIN_PROMPT_TOKENS, Pace
 from mm_engine.engine.prompt_lookup import PromptLookup
 from mm_engine.engine.waiting_queue import WaitingQueue
-from mm_engine.errors import RequestError
-from mm_engine.request import Item, Request
+from mm_engine.request import Item
 from mm_engine.sequence import (
     EncodeSlice,
     ScheduledBatch,
@@ -91,6 +96,8 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.num_preemptions = 0
         self._num_added = 0
+        self.waits_for_result = False  # somebody must be preempted, which nothing in flight allows
+        self._ended: list[Sequence] = []  # finished; still among those that run or wait
         self._leaving: list[Sequence] = []  # finished; still hold their blocks
         self._suspect_keys: list[str] = []  # of features that a failed step may not have made
         # Of the step being planned:
@@ -98,7 +105,9 @@ class Scheduler:
         self._budget = 0  # tokens that it may still take
         self._spare = math.inf  # seconds that its decodes can still spare for prompts and images
         self._least_spare = 0.0  # seconds from which on a slice of an image's encoding is worth it
+        self._in_flight: ScheduledBatch | None = None
         self._coming: set[bytes] = set()  # keys of the blocks that the plan's chunks complete
+        self._coming_in_flight: set[bytes] = set()  # and those of the step in flight
         self._has_prompt = False  # a chunk of a prompt is planned
         self._slice: EncodeSlice | None = None
         self._lacking: Sequence | None = None  # the first in rank that waits for blocks
@@ -107,30 +116,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `schedule` has anything to plan or to take back."""
-        return bool(self.running or self.waiting or self._leaving)
-
-    def check(self, request: Request) -> None:
-        """Refuse what could never be computed.
-
-        Raises:
-            RequestError: the request doesn't fit the pool or the encoder cache, even alone.
-        """
-        num_prompt_tokens = len(request.prompt_token_ids)
-        max_tokens = request.sampling_params.max_tokens or 1
-        if num_prompt_tokens + max_tokens > self.kv_cache.max_tokens:
-            raise RequestError(
-                f"Prompt and max_tokens exceed the KV cache: {num_prompt_tokens} + {max_tokens} "
-                f"of {self.kv_cache.max_tokens} tokens. Shorten the prompt or lower max_tokens.",
-                param="max_tokens",
-            )
-        max_rows = self.encoder_cache.max_rows
-        for item in request.items:
-            if item.placeholder.length > max_rows:
-                raise RequestError(
-                    f"{item.modality} {item.placeholder.item} exceeds the encoder cache: "
-                    f"{item.placeholder.length} of {max_rows} tokens. Send a smaller one.",
-                    param="messages",
-                )
+        return bool(self.running or self.waiting or self._ended or self._leaving)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence whose request passed `check`."""
@@ -142,7 +128,7 @@ class Scheduler:
         """Mark a sequence as ended, by whatever cause; it leaves when the next step is planned."""
         assert not sequence.finished
         sequence.status = SequenceStatus.FINISHED
-        self._leaving.append(sequence)
+        self._ended.append(sequence)
 
     def distrust(self, keys: Iterable[str]) -> None:
         """Note that the last step may not have made these features, as a sequence failed in it.
@@ -151,11 +137,17 @@ class Scheduler:
         """
         self._suspect_keys += keys
 
-    def schedule(self) -> ScheduledBatch:
-        """Plan the next step; empty only if nothing is left to compute."""
+    def schedule(self, in_flight: ScheduledBatch | None = None) -> ScheduledBatch:
+        """Plan the next step, behind one that may be in flight.
+
+        It is empty only if nothing is left to compute, or until the result of the step in flight
+        is there.
+        """
+        self._in_flight, self.waits_for_result = in_flight, False
+        self._coming_in_flight = self._coming if in_flight else set()
         self._remove_finished()
         self._fill_plan()
-        while not self._moves and (self.running or self.waiting):
+        while not self._moves and not in_flight and (self.running or self.waiting):
             assert len(self.running) > 1, "a sequence alone must always be able to run"
             self._preempt(self.running[-1])
             self._fill_plan()
@@ -174,20 +166,25 @@ class Scheduler:
         return bool(self._plan or self.encoder_cache.is_encoding)
 
     def _remove_finished(self) -> None:
-        for sequence in self._leaving:
-            if sequence in self.waiting:
-                self.waiting.remove(sequence)
-            else:
-                self.running.remove(sequence)
-            self.kv_cache.free(sequence)
-            self.encoder_cache.release(sequence)
+        for sequence in self._ended:
+            (self.waiting if sequence in self.waiting else self.running).remove(sequence)
         coming = self.encoder_cache.coming
-        if coming is not None and any(_wants(sequence, coming) for sequence in self._leaving):
+        if coming is not None and any(_wants(sequence, coming) for sequence in self._ended):
             others = chain(self.running, self.waiting)
             if not any(_wants(sequence, coming) for sequence in others):
                 self.encoder_cache.cancel_slices()
+        leaving, self._leaving, self._ended = self._leaving + self._ended, [], []
+        if leaving:
+            shares = self._in_flight.sequences if self._in_flight else ()
+            busy = {share.sequence for share in shares}
+            for sequence in leaving:
+                if sequence in busy:  # a block with NaN is cleaned when the result is taken
+                    self._leaving.append(sequence)
+                    continue
+                self.kv_cache.free(sequence)
+                self.encoder_cache.release(sequence)
         self.encoder_cache.discard(self._suspect_keys)
-        self._leaving, self._suspect_keys = [], []
+        self._suspect_keys = []
 
     def _fill_plan(self) -> None:
         self._plan, self._coming = {}, set()
@@ -244,8 +241,9 @@ class Scheduler:
         if self._lacking is not None and self._lacking.rank < sequence.rank:
             return False
         found = self.kv_cache.lookup(sequence)
-        # What this step computes for another needn't be computed twice: the next step finds it.
-        if self.kv_cache.key_wanted(sequence, found) in self._coming:
+        # What is computed for another needn't be computed twice: a later step finds it.
+        wanted = self.kv_cache.key_wanted(sequence, found)
+        if wanted in self._coming or wanted in self._coming_in_flight:
             return False
         sequence.num_computed_tokens = len(found) * self.kv_cache.block_size
         num_new_tokens = self._num_next_tokens(sequence)
@@ -276,6 +274,8 @@ class Scheduler:
         while len(self.running) >= self.max_num_seqs or not self.kv_cache.can_admit(
             sequence, found
         ):
+            if not self._may_preempt():
+                return False
             self._preempt(self.running[-1])
         return True
 
@@ -343,13 +343,22 @@ class Scheduler:
             return True
         behind = self.running[self.running.index(sequence) + 1 :]
         num_free = self.kv_cache.num_free_blocks + self.kv_cache.num_freed_by(behind)
-        if self.kv_cache.num_missing_blocks(sequence, num_new_tokens) > num_free:
+        lacks = self.kv_cache.num_missing_blocks(sequence, num_new_tokens) > num_free
+        if lacks or not self._may_preempt():
             if self._lacking is None or sequence.rank < self._lacking.rank:
                 self._lacking = sequence
             return False
         while not self.kv_cache.append(sequence, num_new_tokens):
             self._preempt(self.running[-1])
         return True
+
+    def _may_preempt(self) -> bool:
+        """Whether nothing is in flight; else its result is waited for, so that the next step may.
+
+        A sequence in flight can't give up its blocks: it is about to write to them.
+        """
+        self.waits_for_result = self._in_flight is not None
+        return not self.waits_for_result
 
     def _preempt(self, sequence: Sequence) -> None:
         assert self.running[-1] is sequence

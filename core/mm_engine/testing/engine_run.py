@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mm_engine.engine.engine import Engine
+from mm_engine.engine.fault_barrier import Computed
 from mm_engine.errors import PluginError
 from mm_engine.plugins.blame import one_line
 from mm_engine.request import PromptInputs, Request
 from mm_engine.sampling_params import SamplingParams
-from mm_engine.sequence import ScheduledBatch, StepResult
+from mm_engine.sequence import ScheduledBatch
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,7 +38,7 @@ class Watched:
     num_cut: int = 0  # steps that ended inside an image
     failure: BaseException | None = None  # what the plugin's model raised
 
-    def run(self, batch: ScheduledBatch) -> StepResult:
+    def launch(self, batch: ScheduledBatch) -> Computed:
         """Compute one step."""
         for share in batch.sequences:
             for item in share.sequence.request.items:
@@ -50,14 +51,14 @@ class Watched:
             self.failure = error
             raise
         if any(token.error is not None for token in result.tokens):
-            return result
+            return Computed(result)
         sampling = [share for share in batch.sequences if share.samples]
         for share, row in zip(sampling, seen.get("logits", ()), strict=True):
             self.logits[share.sequence.request.request_id].append(row.clone())
         embeds = seen["embeds"].split([share.num_new_tokens for share in batch.sequences])
         for share, rows in zip(batch.sequences, embeds, strict=True):
             self.merged[share.sequence.request.request_id].append(rows.clone())
-        return result
+        return Computed(result)
 
     def check(self) -> None:
         """See `Runner`."""

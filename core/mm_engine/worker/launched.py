@@ -93,6 +93,11 @@ class LaunchedStep:
             sequence = self._forward.scheduled[i].sequence
             sequence.newest = sampled.ids[position : position + 1]
 
+    @property
+    def failed(self) -> bool:
+        """Whether a sequence has failed already, before the result is there."""
+        return any(token.error is not None for token in self._known.tokens)
+
     def result(self) -> StepResult:
         """Wait for the step; its sequences' tokens and errors."""
         tokens = list(self._known.tokens)

@@ -52,6 +52,7 @@ class EngineFlags:
     encoder_cache_memory: options.EncoderCacheMemory = None
     mm_processor_cache_memory: options.MMProcessorCacheMemory = "256MiB"
     speculative_config: options.SpeculativeConfig = None
+    async_scheduling: options.AsyncScheduling = None
     memory_utilization: options.MemoryUtilization = 0.9
 
     def of_server(self) -> EngineFlags:
