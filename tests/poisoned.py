@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from checkpoints import make_llava
 from mm_engine.config import EngineConfig
@@ -13,11 +14,12 @@ BLOCK, NUM_BLOCKS = 4, 32
 POISON = 77  # the token whose embedding is NaN
 
 
-def make_poisoned(folder: Path, backbone: str) -> ModelRunner:
+def make_poisoned(folder: Path, backbone: str, **options: Any) -> ModelRunner:
     """The model, with a sliding window of 3 if it is a Mistral, and a cache of `NUM_BLOCKS`."""
     changes = {"sliding_window": 3} if backbone == "mistral" else {}
     path = make_llava(folder, backbone=backbone, text_changes=changes)
-    config = EngineConfig(model=str(path), device="cpu", block_size=BLOCK, progress=False)
+    options |= {"device": "cpu", "block_size": BLOCK, "progress": False}
+    config = EngineConfig(model=str(path), **options)
     runner = ModelRunner(open_model(config), config)
     runner.model.language_model.embedding.weight.data[POISON] = float("nan")
     runner.init_cache(NUM_BLOCKS)

@@ -14,7 +14,16 @@ import pytest
 from mm_engine.cli.bench import machine
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("checkpoint", "compare", "fairness", "record", "reuse", "scheduler", "table")
+SCRIPTS = (
+    "checkpoint",
+    "compare",
+    "fairness",
+    "quantization",
+    "record",
+    "reuse",
+    "scheduler",
+    "table",
+)
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -130,6 +139,31 @@ def test_reuse(record: Callable[..., Any]) -> None:
     assert written["benchmark"] == "reuse" and written["dtype"] == "float32"
     assert written["cached_tokens"] == 576
     assert written["first_question_seconds"] > 0 and written["second_question_seconds"] > 0
+
+
+def test_quantization(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the demo, with the errors that docs/howto/quantize.md states, and something to spare."""
+    module, out = script("quantization"), tmp_path / "out.json"
+    flags = ("--questions", "12", "--dtype", "float32", "--json", str(out))
+    monkeypatch.setattr(sys, "argv", ["quantization", *flags])
+    module.main()
+    written = json.loads(out.read_text("utf-8"))
+    assert written["questions"] == 12 and written["answer_tokens"] >= 24
+    assert written["compared_tokens"] == 12 * module.NUM_COMPARED
+    told = written["variants"]
+    assert told.keys() == {"none", *module.VARIANTS}
+    limits = {"none": 0.0, "fp8": 0.13, "int8": 0.03, "int4": 0.2, "fp8 cache": 0.1}
+    for name, limit in limits.items():
+        assert limit / 4 <= told[name]["rms_logit_error"] <= limit, name
+        assert told[name]["max_logit_error"] <= 20 * limit, name
+        assert told[name]["greedy_agreement"] >= 0.98, name
+        assert told[name]["greedy_agreement_past_the_end"] >= 0.88, name
+        assert told[name]["same_answers"] >= 0.9 and told[name]["accuracy"] >= 0.9, name
+    sizes = {name: figures["weight_bytes"] for name, figures in told.items()}
+    assert sizes["none"] == sizes["fp8 cache"] > 3.5 * sizes["int8"]  # float32 to 8 bits
+    assert sizes["int4"] == sizes["int4, fp8 cache"]
 
 
 def test_compare(

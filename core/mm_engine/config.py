@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 #: `max_decode_slowdown` of `engine serve`, unless its flag says otherwise.
 SERVED_DECODE_SLOWDOWN = 1.75
 MAX_PROMPT_LOOKUP = 32  # tokens; every length is looked up, and kept, for every token
+QUANTIZATIONS = ("fp8", "int8", "int4")
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")  # the last two are one, as in vLLM
 DEFAULT_LIMITS: Mapping[str, int] = {"image": 8}
 #: The attention backends by name; auto takes the first of the rest that can serve.
 ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "varlen", "torch")
@@ -35,6 +37,9 @@ class EngineConfig:
     model: str  # a checkpoint's folder, a Hub id, or the name of a bundled demo
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     device: str = "auto"  # auto, cpu, cuda
+    #: The text backbone's weights are quantised at load: fp8 (activations, too), int8 or int4.
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"  # auto: the dtype of the weights; fp8: half of what 16 bits take
     max_model_len: int | None = None  # prompt and output together, tokens
     max_num_seqs: int = 64  # sequences in one step
     max_num_batched_tokens: int = 2048  # tokens in one step, prefill chunks and decodes together
@@ -76,6 +81,8 @@ class EngineConfig:
         Raises:
             StartupError: naming the option and its value.
         """
+        _check_choice("quantization", self.quantization, (None, *QUANTIZATIONS))
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         for name in (
             "max_num_seqs",
             "max_num_batched_tokens",
@@ -184,6 +191,12 @@ def speculation_options(
     return {"num_speculative_tokens": number, **given}
 
 
+def _check_choice(name: str, value: object, known: tuple[str | None, ...]) -> None:
+    if value not in known:
+        names = ", ".join("None" if choice is None else choice for choice in known)
+        raise StartupError(f"{name} is not known: {value!r}. Use one of {names}.")
+
+
 def _check(ok: bool, name: str, value: object, wanted: str) -> None:
     if not ok:
         raise StartupError(f"{name} is out of range: {value!r}. Give {wanted}.")
@@ -272,7 +285,7 @@ class ModelContext:
     hf_config: PretrainedConfig  # config.json, as transformers' AutoConfig reads it
     checkpoint: Path  # the folder of config.json, weights, tokenizer and image processor
     tokenizer: PreTrainedTokenizerFast
-    dtype: torch.dtype  # of the weights, the embeddings and the KV cache
+    dtype: torch.dtype  # of the weights and embeddings; of the KV cache unless it is in fp8
     max_model_len: int  # the most tokens of prompt and answer together
     limits: Mapping[str, int]  # items per prompt, by modality: {"image": 8}
     architecture: str  # the one in config.json, by which the plugin was found

@@ -1,7 +1,8 @@
 """The plain PyTorch meaning of every kernel. Faster ones are held to these, and nothing else is.
 
 Shapes: T tokens of one step over all sequences, S sequences, H query heads, K key/value heads,
-D head size. A KV cache is `[num_blocks, block_size, K, D]`; slot = block * block_size + offset.
+D head size. A KV cache is `[num_blocks, block_size, K, D]`, of the keys' dtype or FP8 (e4m3);
+slot = block * block_size + offset.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from mm_engine_kernels.quantized import FP8, to_fp8
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -46,20 +49,29 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def write_kv(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
 ) -> None:
-    """Store `[T, K, D]` keys and values at `slot_mapping` `[T]`, in place, in the caches' dtype.
+    """Store `[T, K, D]` keys and values at `slot_mapping` `[T]`, in place, as `cached` has them.
 
-    A slot of -1 is a padding row's: it is stored nowhere. float8_e4m3fn saturates at 448; its
-    scale is 1.
+    A slot of -1 is a padding row's: it is stored nowhere.
     """
     if slot_mapping.numel() and int(slot_mapping.min()) < 0:
         real = slot_mapping >= 0
         key, value, slot_mapping = key[real], value[real], slot_mapping[real]
     for rows, cache in ((key, key_cache), (value, value_cache)):
-        if cache.dtype == torch.float8_e4m3fn:  # PyTorch copies its bytes, not its numbers
-            rows = rows.float().clamp(-448.0, 448.0).to(cache.dtype).view(torch.uint8)
-            cache = cache.view(torch.uint8)
-        slots = cache.view(-1, *cache.shape[2:])  # never a copy
-        slots.index_copy_(0, slot_mapping, rows.to(cache.dtype))
+        slots = indexable(cache).view(-1, *cache.shape[2:])  # never a copy
+        slots.index_copy_(0, slot_mapping, indexable(cached(rows, cache.dtype)))
+
+
+def cached(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values as a cache of `dtype` holds them.
+
+    In FP8 that is with scale 1: what is beyond ±448 becomes ±448. NaN and infinity become NaN.
+    """
+    return to_fp8(x) if dtype == FP8 and x.dtype != FP8 else x.to(dtype)
+
+
+def indexable(cache: Tensor) -> Tensor:
+    """The cache in a dtype that all of PyTorch's index operators take: its bytes, if in FP8."""
+    return cache.view(torch.uint8) if cache.dtype == FP8 else cache
 
 
 def paged_attention(
@@ -84,8 +96,11 @@ def paged_attention(
     groups = query.shape[1] // key_cache.shape[2]
     start = 0
     for blocks, num_new, length in zip(block_tables, query_lens, context_lens, strict=True):
-        keys = key_cache[blocks].flatten(0, 1)[:length].repeat_interleave(groups, dim=1).float()
-        values = value_cache[blocks].flatten(0, 1)[:length].repeat_interleave(groups, dim=1).float()
+        keys, values = (
+            indexable(cache)[blocks].view(cache.dtype).flatten(0, 1)[:length].float()
+            for cache in (key_cache, value_cache)
+        )
+        keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
         rows = query[start : start + num_new].float()
         scores = torch.einsum("thd,lhd->htl", rows, keys) * scale
         if softcap is not None:

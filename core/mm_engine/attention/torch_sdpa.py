@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from mm_engine_kernels import ops
+from mm_engine_kernels import ops, reference
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -95,7 +95,12 @@ class TorchAttention:
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
         key_cache, value_cache = metadata.kv_caches[layer.layer_index]
+        # What the cache holds is what is attended to, by fresh prompts as well: else an answer
+        # would depend on how its prompt was cut into chunks.
+        key = reference.cached(key, key_cache.dtype)
+        value = reference.cached(value, value_cache.dtype)
         ops.write_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
+        key, value = key.to(query.dtype), value.to(query.dtype)
         groups: list[Group] | None = metadata.plan.get("groups")
         if groups is None:
             groups = metadata.plan["groups"] = plan(metadata, query.device)
@@ -140,7 +145,8 @@ class TorchAttention:
         key_cache, value_cache = metadata.kv_caches[layer.layer_index]
 
         def gather(cache: Tensor) -> Tensor:
-            picked = cache.flatten(1).index_select(0, group.blocks)
+            taken = reference.indexable(cache).flatten(1).index_select(0, group.blocks)
+            picked = taken.view(cache.dtype).to(query.dtype)
             # Blocks hold more tokens than are seen; the mask's width says how many count.
             return picked.view(num, -1, kv_heads, dim)[:, : group.num_keys].transpose(1, 2)
 

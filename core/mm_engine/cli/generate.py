@@ -52,12 +52,14 @@ def generate(
     device: options.Device = "auto",
     attention_backend: options.AttentionBackend = "auto",
     tensor_parallel_size: options.TensorParallelSize = 1,
+    quantization: options.Quantization = None,
     max_model_len: options.MaxModelLen = None,
     load_format: options.LoadFormat = "auto",
     chat_template: options.ChatTemplate = None,
     plugin: options.Plugins = None,
     seed: options.Seed = 0,
     kv_cache_memory: options.KVCacheMemory = None,
+    kv_cache_dtype: options.KVCacheDtype = "auto",
 ) -> None:
     """Ask a model one question and print its answer as it comes.
 
@@ -77,8 +79,10 @@ def generate(
         device=device,
         attention_backend=attention_backend,
         tensor_parallel_size=tensor_parallel_size,
+        quantization=quantization,
         max_model_len=max_model_len,
         kv_cache_memory=kv_cache_memory,
+        kv_cache_dtype=kv_cache_dtype,
         seed=seed,
         load_format=load_format,
         plugin=plugin,

@@ -37,6 +37,17 @@ TensorParallelSize = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+Quantization = Annotated[
+    Literal["fp8", "int8", "int4"] | None,
+    typer.Option(
+        "--quantization",
+        "-q",
+        help="Quantise the text backbone's weights at load: fp8 (activations too; cards from "
+        "compute capability 8.9 on), int8 or int4. Default: not at all.",
+        show_default=False,
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 LoadFormat = Annotated[
     Literal["auto", "dummy"],
     typer.Option(
@@ -131,6 +142,13 @@ KVCacheMemory = Annotated[
     typer.Option(
         metavar="SIZE",
         help="Size of the KV cache: 512MiB, 2GiB, or bytes. Default: what a trial run leaves.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+KVCacheDtype = Annotated[
+    Literal["auto", "fp8", "fp8_e4m3"],
+    typer.Option(
+        help="Type of the KV cache; auto is that of the weights, fp8 (e4m3, scale 1) takes half.",
         rich_help_panel=MEMORY_PANEL,
     ),
 ]

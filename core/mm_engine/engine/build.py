@@ -66,7 +66,8 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         slices_images=runner.slices_images,
         # Elsewhere a launch isn't the step, and nothing but slices depends on more than ratios.
         clock=time.perf_counter if runner.slices_images else None,
-        model=f"{ctx.checkpoint} · {opened.plugin.label} · {ctx.architecture} · {ctx.dtype}",
+        model=f"{ctx.checkpoint} · {opened.plugin.label} · {ctx.architecture} · {ctx.dtype} · "
+        f"{config.quantization} · {runner.cache_dtype}",
     )
     engine.info = EngineInfo(
         num_blocks=num_blocks,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from mm_engine_kernels import ops
@@ -12,6 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mm_engine.config import Piece
 from mm_engine.errors import StartupError
+
+if TYPE_CHECKING:
+    from mm_engine.models.quantization import LayerQuantizer
 
 
 def length_of(size: int | Piece) -> int:
@@ -47,14 +50,26 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, length_of(in_features)), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
         self.packed: Tensor | None = None
+        self.quantizer: LayerQuantizer | None = None  # None: the weight stays in its dtype
+        self.quantized: tuple[Tensor, ...] = ()
+        self.num_packed = 0  # numbers of the weight that was given up
 
     def pack(self) -> None:
-        """Lay the weight out for the CPU's bfloat16 instructions, once, after loading.
+        """Quantise the weight, or lay it out for the CPU's bfloat16 instructions; once it is whole.
 
-        The plain weight is given up: memory holds one copy. Does nothing where PyTorch has no
-        such layout (another dtype or device, or a build without oneDNN).
+        The plain weight is given up: memory holds one copy. Does nothing where there is no
+        quantizer and PyTorch has no such layout (another dtype or device, or a build without
+        oneDNN).
+
+        Raises:
+            StartupError: the weight can't be quantised.
         """
         plain = self.weight
+        if self.quantizer is not None:
+            if not self.quantized:
+                self.quantized = self.quantizer.quantize(plain.detach())
+                self._give_up(plain)
+            return
         if plain.dtype != torch.bfloat16 or plain.device.type != "cpu":
             return
         if not (
@@ -62,6 +77,10 @@ class Linear(nn.Module):
         ):
             return
         self.packed = torch.ops.mkldnn._reorder_linear_weight(plain.detach(), 1)
+        self._give_up(plain)
+
+    def _give_up(self, plain: Tensor) -> None:
+        self.num_packed = plain.numel()
         self.weight = nn.Parameter(torch.empty(0, dtype=plain.dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,6 +91,8 @@ class Linear(nn.Module):
         return summed if self.bias is None else summed + self.bias
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.quantizer is not None and self.quantized:
+            return self.quantizer.linear(x, self.quantized, bias)
         if self.packed is not None:
             packed: Tensor = torch.ops.mkldnn._linear_pointwise(
                 x, self.packed, bias, "none", [], ""

@@ -120,6 +120,8 @@ def load_into(
 ) -> WeightReport:
     """Copy `weights` into `model`, converting dtype and device.
 
+    A layer that is to be quantised is, as soon as its weight is whole.
+
     Raises:
         StartupError: a tensor's shape isn't the parameter's, or its numbers are quantised.
     """
@@ -132,6 +134,24 @@ def load_into(
         for name, module in model.named_modules()
         if hasattr(module, "joined_weights")
     }
+    quantized = {
+        name: module
+        for module in model.modules()
+        if isinstance(module, Linear) and module.quantizer is not None
+        for name in module.quantizer.tensor_names
+    }
+
+    def take(name: str, original: str, tensor: Tensor, target: Target) -> None:
+        _copy(original, tensor, target)
+        report.loaded.add(name)
+        layer = quantized.get(name)
+        if layer is None or layer.quantizer is None:
+            return
+        if report.loaded >= layer.quantizer.tensor_names.keys():
+            for part in layer.quantizer.tensor_names:
+                del targets[part]  # a view, which would keep the plain weight
+            layer.pack()
+
     for original, tensor in weights:
         name = rename(original, prefixes)
         target = targets.get(name, buffers.get(name))
@@ -145,8 +165,7 @@ def load_into(
         elif target is None:
             report.unused.append(original)
         else:
-            _copy(original, tensor, target)
-            report.loaded.add(name)
+            take(name, original, tensor, target)
     for prefix, joiner in joiners.items():
         for part, tensor in joiner.joined():
             name = prefix + part
@@ -154,8 +173,7 @@ def load_into(
             if target is None:
                 report.unused.append(name)
             else:
-                _copy(name, tensor, target)
-                report.loaded.add(name)
+                take(name, name, tensor, target)
     for name, tensor in spare.items():
         backbone, embeddings = tied[name]
         # As in transformers: of tied weights a checkpoint may bring either one, and if it brings

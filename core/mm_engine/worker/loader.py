@@ -18,7 +18,9 @@ from mm_engine.config import DEFAULT_LIMITS, EngineConfig, ModelContext, Shard
 from mm_engine.errors import MMEngineError, StartupError
 from mm_engine.models import checkpoint
 from mm_engine.models.interfaces import SupportsVision
-from mm_engine.models.layers import pack_linears
+from mm_engine.models.layers import Linear, pack_linears
+from mm_engine.models.quantization import Quantization
+from mm_engine.models.quantization_schemes import Scheme, make_scheme
 from mm_engine.models.weights import WeightReport, does_not_fit, fill_random
 from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.plugins.discovery import demos, find, load
@@ -166,13 +168,16 @@ def load_model(opened: OpenedModel, device: torch.device) -> LoadedModel:
     """Build the plugin's model, load (or draw) its weights, move it to `device`.
 
     Raises:
-        StartupError: weights are missing, corrupt or of other shapes, or memory is too small.
+        StartupError: weights are missing, corrupt or of other shapes, memory is too small, or the
+            weights can't be quantised as asked for, here or at all.
         PluginError: the plugin's class can't be built.
     """
     start = time.perf_counter()
+    scheme = make_scheme(opened.config.quantization, device, opened.ctx.dtype)
     try:
-        model = _load(opened).to(device).eval()
+        model = _load(opened, scheme).to(device).eval()
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        num_parameters += sum(m.num_packed for m in model.modules() if isinstance(m, Linear))
         pack_linears(model)
     except (RuntimeError, MemoryError) as error:
         if not does_not_fit(error):
@@ -185,7 +190,7 @@ def load_model(opened: OpenedModel, device: torch.device) -> LoadedModel:
     return LoadedModel(model, num_parameters, time.perf_counter() - start)
 
 
-def _load(opened: OpenedModel) -> Any:
+def _load(opened: OpenedModel, scheme: Scheme | None) -> Any:
     ctx, plugin, config = opened.ctx, opened.plugin, opened.config
     model_class = plugin.model_class(ctx)
     try:
@@ -202,6 +207,7 @@ def _load(opened: OpenedModel) -> Any:
         raise plugin.blame(
             "model_class", f"expected an nn.Module with SupportsVision, got {model_class.__name__}"
         )
+    quantization = None if scheme is None else Quantization(model, scheme)
     if config.load_format == "dummy":
         fill_random(model, config.seed)
     elif config.load_format == "auto":
@@ -222,6 +228,8 @@ def _load(opened: OpenedModel) -> Any:
             raise _missing(ctx, report)
     else:
         raise StartupError(f"load format is not known: {config.load_format}. Use auto or dummy.")
+    if quantization is not None:
+        quantization.finish(progress=config.progress)
     return model
 
 

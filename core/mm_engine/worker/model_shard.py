@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from mm_engine_kernels import reference
+from mm_engine_kernels.quantized import FP8
 from torch import Tensor
 
 from mm_engine.attention.backend import Attention, block_size_of
@@ -26,6 +28,7 @@ class ModelShard:
         shard = opened.ctx.shard
         self.device = pick_device(config, shard.rank)
         self.dtype = opened.ctx.dtype
+        self.cache_dtype = FP8 if config.kv_cache_dtype.startswith("fp8") else self.dtype
         self.memory = DeviceMemory(self.device, config.memory_utilization, num_sharing=shard.size)
         loaded = load_model(opened, self.device)
         self.model = loaded.model
@@ -33,7 +36,13 @@ class ModelShard:
         self.layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         for index, layer in enumerate(self.layers):
             layer.layer_index = index
-        needs = needs_of(self.layers, self.device, self.dtype, block_size=config.block_size)
+        needs = needs_of(
+            self.layers,
+            self.device,
+            self.dtype,
+            kv_dtype=self.cache_dtype,
+            block_size=config.block_size,
+        )
         self.backend = choose(config.attention_backend, needs)
         self.block_size = block_size_of(self.backend, config.block_size)
         self.vocab_size = int(opened.ctx.text_config.vocab_size)
@@ -44,14 +53,14 @@ class ModelShard:
     def cache_bytes_per_block(self) -> int:
         """Bytes that one block of the KV cache takes over all layers."""
         values = sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.layers)
-        return values * self.block_size * self.dtype.itemsize
+        return values * self.block_size * self.cache_dtype.itemsize
 
     def init_cache(self, num_blocks: int) -> None:
         """Allocate the KV cache, zeroed: unwritten slots of a block are read, then masked."""
         self.kv_caches = [
             (
-                torch.zeros(shape, dtype=self.dtype, device=self.device),
-                torch.zeros(shape, dtype=self.dtype, device=self.device),
+                torch.zeros(shape, dtype=self.cache_dtype, device=self.device),
+                torch.zeros(shape, dtype=self.cache_dtype, device=self.device),
             )
             for shape in (
                 (num_blocks, self.block_size, layer.num_kv_heads, layer.head_dim)
@@ -65,9 +74,9 @@ class ModelShard:
         What stands before it was computed by steps without a fault, and others may be reading it.
         """
         with torch.inference_mode():
-            for key_cache, value_cache in self.kv_caches:
-                key_cache.flatten(0, 1)[slots] = 0
-                value_cache.flatten(0, 1)[slots] = 0
+            for caches in self.kv_caches:
+                for cache in caches:
+                    reference.indexable(cache).flatten(0, 1)[slots] = 0
 
     def compute(
         self, input_ids: Tensor, embeds: Tensor, tensors: StepTensors

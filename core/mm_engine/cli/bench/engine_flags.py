@@ -31,6 +31,7 @@ class EngineFlags:
     device: options.Device = "auto"
     attention_backend: options.AttentionBackend = "auto"
     tensor_parallel_size: options.TensorParallelSize = 1
+    quantization: options.Quantization = None
     max_model_len: options.MaxModelLen = None
     load_format: options.LoadFormat = "auto"
     plugin: options.Plugins = None
@@ -48,6 +49,7 @@ class EngineFlags:
         ),
     ] = None
     kv_cache_memory: options.KVCacheMemory = None
+    kv_cache_dtype: options.KVCacheDtype = "auto"
     enable_prefix_caching: options.EnablePrefixCaching = True
     encoder_cache_memory: options.EncoderCacheMemory = None
     mm_processor_cache_memory: options.MMProcessorCacheMemory = "256MiB"
