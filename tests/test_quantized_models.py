@@ -85,6 +85,9 @@ def test_the_cache_in_fp8_takes_a_quarter_of_float32s(backbone: str, tmp_path: P
     assert llm.engine.info.num_blocks // 4 == plain.engine.info.num_blocks
     caches = llm.engine.runner._runner.kv_caches  # type: ignore[attr-defined]
     assert {cache.dtype for pair in caches for cache in pair} == {FP8}
+    # What keys of blocks are over: cached values depend on the cache's dtype.
+    models = [engine.kv_cache._keys_of._model for engine in (llm.engine, plain.engine)]
+    assert [b"float8_e4m3fn" in model for model in models] == [True, False]
     answers(llm)
 
 
