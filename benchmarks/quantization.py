@@ -115,8 +115,8 @@ def run(llm: LLM, questions: Sequence[Question], said: list[list[int]] | None) -
     longer = llm.chat(conversations, many, use_tqdm=False)
     weights = 0
     for _, layer in decoder_linears(runner._runner.model):
-        plain = layer.weight if layer.packed is None else layer.packed
-        weights += sum(part.nbytes for part in layer.quantized or (plain,))
+        plain = (layer.num_packed or layer.weight.numel()) * layer.weight.element_size()
+        weights += sum(part.nbytes for part in layer.quantized) or plain
     logits = [rows[i, j] for i in range(len(questions)) for j in range(NUM_COMPARED)]
     return Run(
         answers=[list(output.outputs[0].token_ids) for output in outputs],
