@@ -240,6 +240,9 @@ class Shard:
         self.rank, self.size = rank, size
         self._group: Group | None = None  # joined when all processes are there
 
+    def __repr__(self) -> str:
+        return f"Shard({self.rank}, {self.size})"
+
     def join(self, group: Group) -> None:
         """Compute with the processes of `group` from now on."""
         self._group = group

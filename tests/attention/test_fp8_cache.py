@@ -40,9 +40,9 @@ def attend(
     slots = table[places // BLOCK] * BLOCK + places % BLOCK
     out, done = [], 0
     for num in chunks:
-        metadata = AttentionMetadata(
-            backend=BACKEND,
-            kv_caches=[(caches[0], caches[1])],
+        metadata = AttentionMetadata.of_lens(
+            BACKEND,
+            [(caches[0], caches[1])],
             slot_mapping=slots[done : done + num],
             block_tables=table[None],
             query_lens=[num],

@@ -25,9 +25,8 @@ from mm_engine.attention.select import BACKENDS, choose, needs_of
 from mm_engine.config import ATTENTION_BACKENDS
 from mm_engine.errors import StartupError
 
-INSTALL = "pip install 'mm-engine[cuda]'"
-NO_FLASH = f"flash-attn isn't installed: {INSTALL}"
-NO_TRITON = f"triton isn't installed: {INSTALL}"
+NO_FLASH = "flash-attn isn't installed: pip install --no-build-isolation 'mm-engine[cuda]'"
+NO_TRITON = "triton isn't installed: pip install 'mm-engine[cuda]'"
 TORCH = importing.torch_version()
 
 World = Callable[..., None]

@@ -19,7 +19,8 @@ from mm_engine.attention.metadata import AttentionMetadata
 from mm_engine.attention.triton_paged import triton_fault
 
 PAGE = 256  # tokens: its paged kernels take blocks of multiples of this
-INSTALL = "pip install 'mm-engine[cuda]'"
+#: Its setup imports torch, and must find the one that it is built for.
+INSTALL = "pip install --no-build-isolation 'mm-engine[cuda]'"
 
 
 class FlashAttention:

@@ -14,13 +14,13 @@ def to_e4m3(x):
     """
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
-    size = tl.where(size > 0x7F800000, size, tl.minimum(size, 0x43E00000))  # 448.0; NaN stays
+    size = tl.where(size >= 0x7F800000, size, tl.minimum(size, 0x43E00000))  # 448.0
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
     # Below 2**-6 steps are 2**-9 wide: adding 2**14 rounds to them.
     small = tl.minimum(size, 0x3C800000).to(tl.float32, bitcast=True) + 16384.0
     subnormal = small.to(tl.int32, bitcast=True) - 0x46800000
     value = tl.where(size < 0x3C800000, subnormal, normal)
-    value = tl.where(size > 0x7F800000, 0x7F, value)
+    value = tl.where(size >= 0x7F800000, 0x7F, value)  # NaN; so is infinity, a fault's sign
     return (value | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
