@@ -178,7 +178,7 @@ def check_blocks() -> Callable[[Engine, CheckingRunner, dict[bytes, list[bytes]]
             pasts = all_pasts(sequence.request.cache_salt, rows)
             for number, key in enumerate(sequence.block_keys):
                 known[key] = pasts[number * size : (number + 1) * size]
-        holders = {*running, *engine.scheduler._leaving}
+        holders = {*running, *engine.scheduler.departures._holding}
         uses = Counter(block for sequence in holders for block in sequence.block_table)
         assert [uses[block] for block in range(cache.num_blocks)] == cache._num_users
         for key, block in cache._block_of_key.items():

@@ -33,7 +33,7 @@ def assert_nothing_left(engine: Engine, runner) -> None:
     cache, features, scheduler = engine.kv_cache, engine.encoder_cache, engine.scheduler
     assert not engine.has_work
     assert cache.num_free_blocks == cache.num_blocks and not any(cache._num_users)
-    assert not scheduler.running and not scheduler.waiting and not scheduler._leaving
+    assert not scheduler.running and not scheduler.waiting and not scheduler.departures
     assert not features._num_pins and not features._pinned_by
     assert not engine._answers and not engine._changed
     # What is said to be kept is there, and no more.
@@ -162,7 +162,7 @@ def test_features_that_fail_in_the_step_of_an_abort_are_made_again(
 
 def nan_at(runner, request_id: str, num_computed: int) -> None:
     """Have the runner find NaN in this request's row once so many of its tokens are computed."""
-    run = runner.run
+    run, runner.tells_errors_late = runner.run, True
 
     def broken(batch: ScheduledBatch) -> StepResult:
         result = run(batch)

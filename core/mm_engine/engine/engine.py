@@ -204,8 +204,10 @@ class Engine:
             if share.samples:
                 request = sequence.request
                 max_tokens = request.sampling_params.max_tokens or 0
-                if end + 1 < len(request.prompt_token_ids) + max_tokens:  # else none follows
+                if end + 1 < len(request.prompt_token_ids) + max_tokens:
                     sequence.token_ids.append(UNKNOWN_TOKEN)
+                else:
+                    self.scheduler.retire(sequence)
 
     def _process_in_flight(self, *, but: int = 0) -> None:
         """Process the steps in flight, up to the last `but` of them."""

@@ -1,6 +1,6 @@
 """Who runs in each step, and how many tokens of each. The policy, in the order it is applied:
 
-1. Finished and aborted sequences leave. Nothing else in the engine takes a sequence out.
+1. Finished and aborted sequences leave (`Departures`), and those whose last token is on its way.
 2. Every sequence that is decoding gets one token.
 3. Sequences in the middle of their prompt get the next chunk of it, and waiting ones are admitted
    and get their first, in order of rank. A prompt begins behind the blocks that the KV cache
@@ -40,7 +40,7 @@ what doesn't fit those was refused when it came.
 
 A step may be planned while the one before it is in flight: launched, and its result not known. It
 goes by what is sure to come: tokens that are sampled count before their ids are known. What the
-step in flight writes to stays with whoever has it, so nobody is preempted then, and who has ended
+step in flight writes to stays with whoever has it, so nobody is preempted then, and who has left
 keeps its blocks until the result is there. Where that holds somebody up, `waits_for_result` says
 so: the next step should be planned with nothing in flight.
 """
@@ -51,14 +51,13 @@ import math
 import time
 from bisect import bisect_right, insort
 from collections.abc import Iterable
-from itertools import chain
 
+from mm_engine.engine.departures import Departures
 from mm_engine.engine.encoder_cache import EncoderCache
 from mm_engine.engine.kv_cache import KVCache
 from mm_engine.engine.pace import MIN_PROMPT_TOKENS, Pace
 from mm_engine.engine.prompt_lookup import PromptLookup
 from mm_engine.engine.waiting_queue import WaitingQueue
-from mm_engine.request import Item
 from mm_engine.sequence import (
     EncodeSlice,
     ScheduledBatch,
@@ -97,8 +96,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._num_added = 0
         self.waits_for_result = False  # somebody must be preempted, which nothing in flight allows
-        self._ended: list[Sequence] = []  # finished; still among those that run or wait
-        self._leaving: list[Sequence] = []  # finished; still hold their blocks
+        self.departures = Departures(kv_cache, encoder_cache)
         self._suspect_keys: list[str] = []  # of features that a failed step may not have made
         # Of the step being planned:
         self._plan: dict[Sequence, int] = {}  # new tokens by sequence
@@ -116,7 +114,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `schedule` has anything to plan or to take back."""
-        return bool(self.running or self.waiting or self._ended or self._leaving)
+        return bool(self.running or self.waiting or self.departures)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence whose request passed `check`."""
@@ -128,7 +126,11 @@ class Scheduler:
         """Mark a sequence as ended, by whatever cause; it leaves when the next step is planned."""
         assert not sequence.finished
         sequence.status = SequenceStatus.FINISHED
-        self._ended.append(sequence)
+        self.departures.add(sequence)
+
+    def retire(self, sequence: Sequence) -> None:
+        """Note that a launched step is a sequence's last: its seat is free in the next."""
+        self.departures.add(sequence)
 
     def distrust(self, keys: Iterable[str]) -> None:
         """Note that the last step may not have made these features, as a sequence failed in it.
@@ -145,7 +147,9 @@ class Scheduler:
         """
         self._in_flight, self.waits_for_result = in_flight, False
         self._coming_in_flight = self._coming if in_flight else set()
-        self._remove_finished()
+        self.departures.leave(self.running, self.waiting, in_flight)
+        self.encoder_cache.discard(self._suspect_keys)
+        self._suspect_keys = []
         self._fill_plan()
         while not self._moves and not in_flight and (self.running or self.waiting):
             assert len(self.running) > 1, "a sequence alone must always be able to run"
@@ -164,27 +168,6 @@ class Scheduler:
     def _moves(self) -> bool:
         """Whether the plan computes anything."""
         return bool(self._plan or self.encoder_cache.is_encoding)
-
-    def _remove_finished(self) -> None:
-        for sequence in self._ended:
-            (self.waiting if sequence in self.waiting else self.running).remove(sequence)
-        coming = self.encoder_cache.coming
-        if coming is not None and any(_wants(sequence, coming) for sequence in self._ended):
-            others = chain(self.running, self.waiting)
-            if not any(_wants(sequence, coming) for sequence in others):
-                self.encoder_cache.cancel_slices()
-        leaving, self._leaving, self._ended = self._leaving + self._ended, [], []
-        if leaving:
-            shares = self._in_flight.sequences if self._in_flight else ()
-            busy = {share.sequence for share in shares}
-            for sequence in leaving:
-                if sequence in busy:  # a block with NaN is cleaned when the result is taken
-                    self._leaving.append(sequence)
-                    continue
-                self.kv_cache.free(sequence)
-                self.encoder_cache.release(sequence)
-        self.encoder_cache.discard(self._suspect_keys)
-        self._suspect_keys = []
 
     def _fill_plan(self) -> None:
         self._plan, self._coming = {}, set()
@@ -380,14 +363,6 @@ def _decodes(sequence: Sequence) -> bool:
     num_tokens = len(sequence.token_ids)  # no properties: this runs often for each in each step
     return num_tokens - sequence.num_computed_tokens == 1 and num_tokens > len(
         sequence.request.prompt_token_ids
-    )
-
-
-def _wants(sequence: Sequence, item: Item) -> bool:
-    """Whether a sequence has yet to compute tokens of such an item."""
-    return any(
-        mine.content_key == item.content_key and mine.placeholder.end > sequence.num_computed_tokens
-        for mine in sequence.request.items
     )
 
 
