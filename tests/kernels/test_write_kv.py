@@ -13,7 +13,10 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def bits(x: Tensor) -> Tensor:
-    return x.view(BITS[x.element_size()])
+    found = x.view(BITS[x.element_size()])
+    if x.dtype == torch.float8_e4m3fn:
+        found = found.masked_fill((found & 0x7F) == 0x7F, 0x7F)  # NaN has two signs and no meaning
+    return found
 
 
 def assert_stored_alike(
