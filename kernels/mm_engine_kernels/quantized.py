@@ -21,7 +21,7 @@ def to_fp8(x: Tensor) -> Tensor:
 
     Saturated infinity would pass for a number, and nobody would learn of the fault behind it.
     """
-    return (x.clamp(-FP8_MAX, FP8_MAX) + (x - x)).to(FP8)  # x - x: 0, or NaN where x isn't finite
+    return x.clamp(-FP8_MAX, FP8_MAX).masked_fill(~x.isfinite(), torch.nan).to(FP8)
 
 
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
