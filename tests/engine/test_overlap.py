@@ -104,6 +104,7 @@ ENDS: dict[str, tuple[dict[str, Any], int]] = {  # parameters, tokens of the ans
     "stop token": ({"max_tokens": 9, "stop_token_ids": (EOS_ID,)}, 4),
     "stop string": ({"max_tokens": 9, "stop": ("bc",)}, 3),
     "stop, its last token": ({"max_tokens": 3, "stop": ("c",)}, 3),
+    "min_tokens": ({"max_tokens": 9, "min_tokens": 3, "stop": ("a", "b", "c")}, 4),
     "max_tokens": ({"max_tokens": 2}, 2),
     "one token": ({"max_tokens": 1}, 1),
 }
@@ -270,6 +271,32 @@ def test_one_that_raises_fails_once_and_the_step_before_it_is_unharmed(
         assert sums[request.request_id].outputs[0].token_ids == expected(request, 0, runner.vocab)
     failures = [record for record in caplog.records if "failed" in record.message]
     assert len(failures) == 2, "one step, one sequence: it isn't launched once more"
+    assert_nothing_left(engine, runner)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_slice_of_an_image_is_over_before_the_next_is_planned(
+    new_engine, new_request, run_all, expected, leaves: bool
+) -> None:
+    """What B's image has come to decides about the next step; if B leaves, nothing of it stays."""
+    engine, runner = new_engine(pace=Pace([(1, 1.0), (8, 4.0)], 2.0))
+    requests = [
+        new_request("A", [2], max_tokens=6 if leaves else 30, ignore_eos=True),
+        new_request("B", [3, "a", 2], lengths=LENGTHS, max_tokens=3, ignore_eos=True),
+    ]
+    engine.add(requests[0])
+    sums = run_all(engine, num_steps=2)
+    engine.add(requests[1])
+    run_all(engine, sums, num_steps=3)
+    assert runner.num_slices > 1 and "a" in runner.begun
+    if leaves:
+        engine.abort("A", notify=False)
+        engine.abort("B", notify=False)
+    run_all(engine, sums)
+    for request in [] if leaves else requests:
+        tokens = sums[request.request_id].outputs[0].token_ids
+        assert tokens == expected(request, 0, runner.vocab)
+    assert runner.encoded == ([] if leaves else ["a"]) and not runner.begun
     assert_nothing_left(engine, runner)
 
 
