@@ -24,10 +24,10 @@ def assert_meets_reference(step: Paged, kernels: Any, *args: Any, **options: Any
     torch.testing.assert_close(got, step.decode(reference, *args), **step.tolerance)
 
 
-@pytest.mark.parametrize("head_dim", [24, 40, 60, 63, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("head_dim", [40, 60, 63, 64, 80, 96, 128, 256])
 def test_head_sizes(head_dim: int, num_splits: int, kernels: Any, device: str) -> None:
-    step = decodes(*LENS[:2], head_dim=head_dim, device=device)
+    step = decodes(33, head_dim=head_dim, heads=(2, 1), device=device)
     assert_meets_reference(step, kernels, num_splits=num_splits)
 
 

@@ -67,7 +67,7 @@ def assert_doubtful(logits: Tensor, params: dict[str, Tensor], differs: Tensor) 
         {"temperature": 0.3},
         {"top_k": 1},
         {"top_k": 20},
-        {"top_p": 1e-6},
+        {"top_p": 0.0},
         {"top_p": 0.9},
         {"min_p": 0.1},
         {"min_p": 1.0},
@@ -124,6 +124,14 @@ def test_ties_go_to_the_lower_id(
     params = columns(len(kept), 40, device, **values)
     got, _ = assert_meets_reference(kernels, logits, middles, params, tile=32)
     assert got == [3 + 5 * i for i in kept]
+
+
+def test_a_draw_on_a_boundary_takes_the_next_id(kernels: Any, device: str) -> None:
+    logits = torch.zeros(2, 8, device=device)
+    uniform = torch.tensor([0.25, 0.5], dtype=torch.float64, device=device)
+    params = columns(2, 8, device)
+    assert reference.sample(logits, uniform, **params).tolist() == [2, 4]
+    assert kernels.sample(logits, uniform, **params, tile=4).tolist() == [2, 4]
 
 
 def test_the_outermost_draws_take_no_id_that_was_cut(kernels: Any, device: str) -> None:
