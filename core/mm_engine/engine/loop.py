@@ -15,6 +15,7 @@ from mm_engine.errors import EngineDead, MMEngineError
 from mm_engine.outputs import RequestOutput
 from mm_engine.request import Request
 from mm_engine.worker.loader import open_model
+from mm_engine.worker.model_shard import share_threads
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ def _start(connection: Connection) -> Engine | None:
     assert isinstance(message, wire.Start)
     try:
         profile_request = connection.unpack(message.profile_request, frames)
+        if message.config.tensor_parallel_size > 1:
+            share_threads(message.config.tensor_parallel_size)
         opened = open_model(message.config, message.plugin)
         engine = build_engine(opened, message.config, profile_request)
     except MMEngineError as error:

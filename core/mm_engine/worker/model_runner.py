@@ -12,7 +12,7 @@ from mm_engine_kernels import ops
 from torch import Tensor
 
 from mm_engine.config import EngineConfig
-from mm_engine.errors import MMEngineError, PluginError
+from mm_engine.errors import MMEngineError, PluginError, StartupError
 from mm_engine.outputs import ErrorInfo
 from mm_engine.request import Item, Request
 from mm_engine.sampling_params import SamplingParams
@@ -52,7 +52,7 @@ class ModelRunner(ModelShard):
                 opened.ctx.shard.join(self.group)
             super().__init__(opened, config)
             if self.ranks is not None:
-                self.ranks.wait(rank_wire.Loaded)
+                self._compare(self.ranks.wait(rank_wire.Loaded))
         except BaseException:
             self.close()
             raise
@@ -69,6 +69,17 @@ class ModelRunner(ModelShard):
         """Raise `EngineDead` if a rank is gone."""
         if self.ranks is not None:
             self.ranks.check()
+
+    def _compare(self, others: list[rank_wire.Loaded]) -> None:
+        """Raise `StartupError` unless the others compute attention as this rank does."""
+        own = (self.backend.name, self.block_size)
+        for other in others:
+            if (other.backend, other.block_size) != own:
+                raise StartupError(
+                    f"ranks differ in their attention backend: {own[0]} on rank 0, "
+                    f"{other.backend} on rank {other.rank}. Use cards of one kind, or name one: "
+                    f"--attention-backend {own[0]}."
+                )
 
     def init_cache(self, num_blocks: int) -> None:
         """Allocate the KV cache, in each rank."""

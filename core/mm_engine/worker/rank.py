@@ -42,6 +42,7 @@ class Rank:
         import zmq
 
         self.rank = rank
+        self._folder = folder
         context = zmq.Context()
         self._commands = context.socket(zmq.PAIR)
         self._commands.set_hwm(0)
@@ -55,8 +56,9 @@ class Rank:
         """Do what rank 0 says until it says Quit; the exit status."""
         from mm_engine.worker import rank_wire
 
+        begin = self._folder / "begin"
+        message = rank_wire.decode_to_rank(begin.read_bytes())
         while True:
-            message = rank_wire.decode_to_rank(self._commands.recv())
             if isinstance(message, rank_wire.Quit):
                 return 0
             try:
@@ -65,6 +67,7 @@ class Rank:
                 logger.debug("A command failed.", exc_info=error)
                 calls = self._group.num_calls if self._group is not None else 0
                 self._send(rank_wire.Failed(self.rank, type(error).__name__, str(error), calls))
+            message = rank_wire.decode_to_rank(self._commands.recv())
 
     def _do(self, message: rank_wire.ToRank) -> None:
         import torch
@@ -118,7 +121,8 @@ class Rank:
         self._group = RankGroup(device, self.rank, size, store, config.step_timeout)
         opened.ctx.shard.join(self._group)
         self._model = ModelShard(opened, config)
-        self._send(rank_wire.Loaded(self.rank))
+        model = self._model
+        self._send(rank_wire.Loaded(self.rank, model.backend.name, model.block_size))
 
     def _send(self, event: rank_wire.FromRank) -> None:
         from mm_engine.worker import rank_wire

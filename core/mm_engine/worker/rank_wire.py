@@ -53,9 +53,11 @@ class Opened(msgspec.Struct, tag=True):
 
 
 class Loaded(msgspec.Struct, tag=True):
-    """From a rank: its weights are there."""
+    """From a rank: its weights are there, and it computes attention with this backend."""
 
     rank: int
+    backend: str
+    block_size: int
 
 
 class Available(msgspec.Struct, tag=True):

@@ -25,6 +25,7 @@ import zmq
 
 from mm_engine.config import EngineConfig
 from mm_engine.errors import ERRORS_BY_NAME, EngineDead, StartupError
+from mm_engine.plugins.blame import may_be_the_users, one_line
 from mm_engine.plugins.record import PluginRecord
 from mm_engine.processes import how_it_ended, private_folder, spawn
 from mm_engine.worker import rank_wire
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.1  # how often the processes are looked at
 GRACE_SECONDS = 10.0  # by which the ranks may be apart when they fail
 QUIT_SECONDS = 3.0  # how long they may take to end when asked
-EVENTS = "events"
+BEGIN, EVENTS = "begin", "events"  # in the folder
 
 Event = TypeVar("Event", bound=rank_wire.FromRank)
 
@@ -55,6 +56,9 @@ class Ranks:
         self._sockets: list[zmq.Socket[bytes]] = []
         events = self._context.socket(zmq.PULL)
         events.bind(f"ipc://{self._folder / EVENTS}")
+        # In a file, since a message waits for who is to read it, and a rank may die before that.
+        begin = rank_wire.Begin(config, plugin, str(self.store))
+        (self._folder / BEGIN).write_bytes(rank_wire.encode(begin))
         processes = []
         for rank in range(1, config.tensor_parallel_size):
             socket = self._context.socket(zmq.PAIR)
@@ -68,7 +72,6 @@ class Ranks:
             self, _end, self._watch, self._sockets, self._context, self._folder
         )
         self._watch.start()
-        self.send(rank_wire.Begin(config, plugin, str(self.store)))
 
     @property
     def pids(self) -> list[int]:
@@ -80,7 +83,7 @@ class Ranks:
         self._watch.group = group
 
     def send(self, message: rank_wire.ToRank) -> None:
-        """Tell all ranks; never waits.
+        """Tell all ranks, who have said that they are there; never waits.
 
         Raises:
             EngineDead: one of them is gone.
@@ -94,15 +97,18 @@ class Ranks:
         """What each rank says of this kind.
 
         Raises:
-            StartupError, PluginError: one says that it failed.
-            EngineDead: one of them is gone.
+            StartupError, PluginError: one says that it failed, or has ended.
         """
         found: dict[int, Event] = {}
         while len(found) < len(self._sockets):
-            event = self._next_event()
+            try:
+                event = self._next_event()
+            except EngineDead:
+                why = f"{self._watch.death} What it printed says more."
+                raise StartupError(why) from None
             if isinstance(event, rank_wire.Failed):
                 error = ERRORS_BY_NAME.get(event.name, StartupError)
-                raise error(f"tensor-parallel rank {event.rank} failed: {event.message}")
+                raise error(f"tensor-parallel rank {event.rank}: {event.message or event.name}")
             if isinstance(event, kind):
                 found[event.rank] = event
         return [found[rank] for rank in sorted(found)]
@@ -121,7 +127,10 @@ class Ranks:
         try:
             yield
         except BaseException as error:
-            if self._watch.death is None and not isinstance(error, EngineDead):
+            if may_be_the_users(error):  # who has no time to find out how far the others are
+                self._watch.die("interrupted in the middle of a tensor-parallel step.")
+                raise
+            if not isinstance(error, EngineDead):
                 self._settle(error)
             self.check()
             raise
@@ -146,13 +155,13 @@ class Ranks:
             try:
                 event = self._next_event(deadline)
             except TimeoutError:
-                self._watch.die(f"rank 0 failed where others didn't ({type(error).__name__}).")
+                what = one_line(error).rstrip(".")
+                self._watch.die(f"tensor-parallel rank 0 failed where others didn't: {what}.")
                 return
             if isinstance(event, rank_wire.Failed):
                 failed.add(event.rank)
                 if event.num_calls != self._watch.group.num_calls:
-                    told = f"rank {event.rank} failed where others didn't ({event.name})."
-                    self._watch.die(told)
+                    self._watch.die_of(event)
                     return
 
     def _next_event(self, deadline: float = float("inf")) -> rank_wire.FromRank:
@@ -206,12 +215,13 @@ class _Watch(threading.Thread):
             with self._lock:
                 failed = self._failed
             if failed is not None and time.monotonic() - failed[0] > GRACE_SECONDS:
-                event = failed[1]
-                self.die(
-                    f"tensor-parallel rank {event.rank} failed where others didn't: "
-                    f"{event.message}."
-                )
+                self.die_of(failed[1])
         self._socket.close(linger=0)
+
+    def die_of(self, failed: rank_wire.Failed) -> None:
+        """End because of what a rank alone failed of."""
+        what = (failed.message or failed.name).rstrip(".")
+        self.die(f"tensor-parallel rank {failed.rank} failed where others didn't: {what}.")
 
     def die(self, why: str) -> None:
         """Note that the model isn't whole any more, and end what waits for the lost part."""
