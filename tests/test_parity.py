@@ -35,8 +35,10 @@ CACHES: dict[str, dict[str, Any]] = {
     "uncached": {"enable_prefix_caching": False, "mm_processor_cache_memory": 0},
 }
 #: With speculative decoding, too (test_parity_drafts.py). Random answers repeat single tokens.
+#: And with steps that overlap (test_parity_overlap.py).
 OPTIONS: dict[str, dict[str, Any]] = {
     **CACHES,
+    "overlap": {"async_scheduling": True},
     **{
         f"{name}-drafts": {**options, "num_speculative_tokens": 3, "prompt_lookup_min": 1}
         for name, options in CACHES.items()
