@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from mm_engine.sequence import (
     UNKNOWN_TOKEN,
@@ -16,7 +17,7 @@ from mm_engine.sequence import (
 from mm_engine.worker.launched import LaunchedStep
 from mm_engine.worker.model_runner import ModelRunner
 from poisoned import NUM_BLOCKS, POISON, make_poisoned
-from sequences import make_sequence
+from sequences import make_item, make_sequence
 
 PROMPT = (1, 9, 20, 31)
 PARAMS: dict[str, dict[str, Any]] = {
@@ -84,6 +85,22 @@ def test_tokens_are_those_of_steps_one_by_one(runner: ModelRunner, params: dict[
     got.append(pending.result().tokens)
     assert got == told
     assert len({token.token_id for tokens in told for token in tokens}) > 3
+
+
+def test_what_a_launch_finds_out_is_known_before_the_result(runner: ModelRunner) -> None:
+    bad = make_item("bad", 1, 3, pixel_values=torch.zeros(2))
+    with_image = make_sequence((1, 0, 0, 0, 5), items=(bad,))
+    with_image.block_table = [30, 31]
+    healthy = make(1, temperature=0.0)
+    assert not launch(runner, healthy).failed
+    runner.init_cache(NUM_BLOCKS)
+    for sequences in ([with_image], [*make(1), with_image]):
+        shares = tuple(ScheduledSequence(s, s.num_uncomputed_tokens) for s in sequences)
+        launched = runner.launch(ScheduledBatch(shares, encode=(bad,)))
+        assert launched.failed
+        errors = [token.error is not None for token in launched.result().tokens]
+        assert errors == [False, True][-len(sequences) :]
+    assert not runner.launch(ScheduledBatch((), evict=("bad",))).failed
 
 
 def test_what_follows_a_sick_step_is_sick_too_and_stays_in_no_block(runner: ModelRunner) -> None:

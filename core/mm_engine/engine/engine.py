@@ -134,12 +134,13 @@ class Engine:
 
         Returns what is new for each request that has news.
         """
-        if self.scheduler.waits_for_result:
+        if self.scheduler.waits_for_result:  # rarely: somebody has to give way
             self._process_in_flight()
-        behind = self._in_flight[-1].scheduled if self._in_flight else None
-        scheduled = self.scheduler.schedule(behind)
-        self._launch(scheduled)
-        self._process_in_flight(but=self.max_in_flight if scheduled else 0)
+        before = self._in_flight[-1].scheduled if self._in_flight else None
+
+        scheduled = self.scheduler.schedule(before)  # who runs this step, how many tokens each
+        self._launch(scheduled)  # one device step
+        self._process_in_flight(but=self.max_in_flight if scheduled else 0)  # append, stop, ...
         return self._take_news()
 
     @property

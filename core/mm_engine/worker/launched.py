@@ -96,7 +96,7 @@ class LaunchedStep:
     @property
     def failed(self) -> bool:
         """Whether a sequence has failed already, before the result is there."""
-        return any(token.error is not None for token in self._known.tokens)
+        return len(self._running) < len(self._known.tokens)
 
     def result(self) -> StepResult:
         """Wait for the step; its sequences' tokens and errors."""
