@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mm_engine.config import EngineConfig
+from mm_engine.engine.engine import Engine
 from mm_engine.outputs import ErrorInfo
 from mm_engine.request import Request
 from mm_engine.sequence import (
@@ -73,8 +74,7 @@ class LaunchedStep:
     ) -> None:
         self.runner, self.number, self._result = runner, number, result
         self.sampling = [share.sequence for share in shares if share.samples]
-        failed = any(token.error is not None for token in result.tokens)
-        self.failed = failed and not runner.tells_errors_late
+        self.failed = any(token.error not in (None, runner.late) for token in result.tokens)
 
     def result(self) -> StepResult:
         del self.runner.writes[self.number]
@@ -103,7 +103,7 @@ class CheckingRunner:
         self.after_run: Callable[[], None] = lambda: None
         self.says: Callable[[list[Any]], int] | None = None  # the next token, by all before it
         self.failed = False
-        self.tells_errors_late = False  # with the result, as where NaN is found
+        self.late: ErrorInfo | None = None  # an error that is told with the result, as of NaN
         self.num_computed = 0  # tokens
         self.num_mixed_steps = 0  # prefill chunks and decodes together
         self.num_cut_items = 0  # chunks that end inside an item
@@ -251,3 +251,10 @@ class CheckingRunner:
         assert num <= self.config.num_speculative_tokens
         assert sequence.num_output_tokens + num < (params.max_tokens or 0), "can't all be taken"
         assert PLACEHOLDER_ID not in share.draft_token_ids
+
+
+def assert_given_back(engine: Engine, runner: CheckingRunner) -> None:
+    """Nothing is left to do, in flight or held."""
+    assert not engine.has_work and not runner.writes
+    assert engine.kv_cache.num_free_blocks == engine.kv_cache.num_blocks
+    assert not engine.encoder_cache._num_pins

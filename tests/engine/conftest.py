@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -30,6 +30,7 @@ from mm_engine.inputs.pipeline import InputPipeline
 from mm_engine.outputs import RequestOutput
 from mm_engine.request import Item, PlaceholderRange, Request
 from mm_engine.sampling_params import SamplingParams
+from mm_engine.sequence import Sequence
 from mm_engine.worker.loader import open_model
 
 VOCAB_SIZE = 300  # of the byte-level tokenizer below
@@ -165,20 +166,30 @@ def check_blocks() -> Callable[[Engine, CheckingRunner, dict[bytes, list[bytes]]
     """`check_blocks(engine, runner, known)` after each step: what holds for blocks between steps.
 
     Each running sequence has as many as its computed tokens take, each block's users are counted
-    exactly, and each block that is kept holds what its key says. `known` is empty at first.
+    exactly, and each block that is kept holds what its key says. `known` is empty at first; `left`
+    are sequences that may have left in the step.
     """
 
-    def check(engine: Engine, runner: CheckingRunner, known: dict[bytes, list[bytes]]) -> None:
+    def check(
+        engine: Engine,
+        runner: CheckingRunner,
+        known: dict[bytes, list[bytes]],
+        left: Iterable[Sequence] = (),
+    ) -> None:
         cache, running = engine.kv_cache, engine.scheduler.running
         size = cache.block_size
-        for sequence in running:
+        departures = engine.scheduler.departures
+        holders = {*running, *departures._new, *departures._holding}
+        for sequence in holders:
             num_needed = -(-sequence.num_computed_tokens // size)
             assert len(sequence.block_table) == num_needed or sequence.finished
+        for sequence in {*holders, *left}:
+            if all(key in known for key in sequence.block_keys):
+                continue
             rows = content(sequence.request) + sequence.output_token_ids
             pasts = all_pasts(sequence.request.cache_salt, rows)
             for number, key in enumerate(sequence.block_keys):
                 known[key] = pasts[number * size : (number + 1) * size]
-        holders = {*running, *engine.scheduler.departures._holding}
         uses = Counter(block for sequence in holders for block in sequence.block_table)
         assert [uses[block] for block in range(cache.num_blocks)] == cache._num_users
         for key, block in cache._block_of_key.items():

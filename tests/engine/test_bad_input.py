@@ -162,7 +162,7 @@ def test_features_that_fail_in_the_step_of_an_abort_are_made_again(
 
 def nan_at(runner, request_id: str, num_computed: int) -> None:
     """Have the runner find NaN in this request's row once so many of its tokens are computed."""
-    run, runner.tells_errors_late = runner.run, True
+    run, runner.late = runner.run, NAN
 
     def broken(batch: ScheduledBatch) -> StepResult:
         result = run(batch)

@@ -103,13 +103,14 @@ def test_every_request_ends_as_it_would_alone(
         for i, arrival in enumerate(arrived)
     }
     by_id = dict(zip(requests, arrived, strict=True))
-    sums, refused, known = {}, set(), {}
+    sums, refused, known, sequences = {}, set(), {}, []
     step = 0
     while engine.has_work or step <= 15:
         for request_id, arrival in by_id.items():
             if arrival.at == step:
                 try:
                     engine.add(requests[request_id])
+                    sequences += engine._answers[request_id].sequences
                 except RequestError:
                     refused.add(request_id)
         leaving = [
@@ -130,7 +131,7 @@ def test_every_request_ends_as_it_would_alone(
             else:
                 sums[output.request_id] = output
         assert all(waits.num_computed_tokens == 0 for waits in engine.scheduler.waiting)
-        check_blocks(engine, runner, known)
+        check_blocks(engine, runner, known, sequences)
         step += 1
         assert step < 3000, "no end in sight"
 

@@ -1,7 +1,8 @@
 """Steps that overlap: one is planned and launched before the result of the one before is known.
 
 That answers are the same is held by test_engine_properties.py, test_bad_input.py and, with a real
-model, tests/test_overlap_parity.py. Here: what overlaps, what it costs, and what is waited for.
+model, tests/test_parity_overlap.py; faults are in test_overlap_faults.py. Here: what overlaps, what
+it costs, and what is waited for.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from typing import Any
 
 import pytest
 
-from checking_runner import EOS_ID, CheckingRunner
-from mm_engine.engine.engine import Engine
+from checking_runner import EOS_ID, CheckingRunner, assert_given_back
 from mm_engine.engine.fault_barrier import Computed
 from mm_engine.engine.pace import Pace
-from mm_engine.errors import PluginError
 from mm_engine.outputs import RequestOutput
-from mm_engine.sequence import UNKNOWN_TOKEN, SampledToken, ScheduledBatch, StepResult
+from mm_engine.sequence import (
+    UNKNOWN_TOKEN,
+    SampledToken,
+    ScheduledBatch,
+    StepResult,
+)
 
 LENGTHS = {"a": 6, "b": 4}
 
@@ -40,12 +44,6 @@ def num_bubbles(runner: CheckingRunner) -> int:
         assert launched - told <= 2
     assert launched == told
     return bubbles
-
-
-def assert_nothing_left(engine: Engine, runner: CheckingRunner) -> None:
-    assert not engine.has_work and not runner.writes
-    assert engine.kv_cache.num_free_blocks == engine.kv_cache.num_blocks
-    assert not engine.encoder_cache._num_pins
 
 
 @pytest.mark.parametrize("overlapping", [False, True])
@@ -92,7 +90,7 @@ def test_what_comes_and_goes_every_day_is_no_reason_to_wait(
             wanted = expected(request, output.index, runner.vocab)
             num_told = len(output.token_ids) if request.request_id == "F" else len(wanted)
             assert output.token_ids == wanted[:num_told]
-    assert_nothing_left(engine, runner)
+    assert_given_back(engine, runner)
 
 
 def shares_of(runner: CheckingRunner, request_id: str) -> int:
@@ -127,7 +125,7 @@ def test_a_stop_wastes_one_token_and_a_length_none(
     wasted = 0 if num_tokens == params["max_tokens"] else 1
     assert told.finish_reason == ("length" if num_tokens < 3 else "stop")
     assert runner.num_wasted == shares_of(runner, "A") - num_tokens == wasted
-    assert_nothing_left(engine, runner)
+    assert_given_back(engine, runner)
 
 
 def test_ids_that_are_not_known_reach_no_text_and_no_output(
@@ -172,7 +170,7 @@ def test_who_has_ended_keeps_its_blocks_until_nothing_writes_to_them(
     run_all(engine, sums, num_steps=1)
     assert runner.order[-1] == [("B", 7)]
     run_all(engine, sums)
-    assert_nothing_left(engine, runner)
+    assert_given_back(engine, runner)
 
 
 def test_a_last_step_in_flight_holds_no_seat(new_engine, new_request, run_all) -> None:
@@ -203,7 +201,7 @@ def test_an_aborted_request_keeps_its_blocks_and_not_its_seat(
     assert engine.stats().num_used_blocks == 1
     run_all(engine, sums)
     assert num_bubbles(runner) == 0
-    assert_nothing_left(engine, runner)
+    assert_given_back(engine, runner)
 
 
 def test_who_must_give_way_does_so_when_its_step_is_over(
@@ -220,7 +218,7 @@ def test_who_must_give_way_does_so_when_its_step_is_over(
     assert num_bubbles(runner) == 2, "for the preemption, and for the blocks that come back"
     for request in requests:
         assert sums[request.request_id].outputs[0].token_ids == expected(request, 0, runner.vocab)
-    assert_nothing_left(engine, runner)
+    assert_given_back(engine, runner)
 
 
 def test_a_better_priority_takes_a_seat_when_its_step_is_over(
@@ -250,30 +248,6 @@ def test_a_prompt_that_is_being_computed_is_not_computed_twice(
     assert num_bubbles(runner) == 0
 
 
-@pytest.mark.parametrize("error", [PluginError("mm-x 1.0: broken"), SystemExit(3)], ids=str)
-def test_one_that_raises_fails_once_and_the_step_before_it_is_unharmed(
-    new_engine, new_request, run_all, expected, caplog: pytest.LogCaptureFixture, error
-) -> None:
-    engine, runner = new_engine()
-    neighbours = [
-        new_request(name, [num, "a"], lengths=LENGTHS, max_tokens=8, ignore_eos=True)
-        for name, num in (("A", 2), ("C", 3))
-    ]
-    for request in (neighbours[0], new_request("B", [3], max_tokens=8), neighbours[1]):
-        engine.add(request)
-    sums = run_all(engine, num_steps=3)
-    assert len(sums["B"].outputs[0].token_ids) == 2
-    runner.raises["B"] = error
-    run_all(engine, sums)
-    assert sums["B"].finished and sums["B"].error is not None
-    for request in neighbours:
-        assert sums[request.request_id].error is None
-        assert sums[request.request_id].outputs[0].token_ids == expected(request, 0, runner.vocab)
-    failures = [record for record in caplog.records if "failed" in record.message]
-    assert len(failures) == 2, "one step, one sequence: it isn't launched once more"
-    assert_nothing_left(engine, runner)
-
-
 @pytest.mark.parametrize("leaves", [False, True])
 def test_a_slice_of_an_image_is_over_before_the_next_is_planned(
     new_engine, new_request, run_all, expected, leaves: bool
@@ -297,72 +271,7 @@ def test_a_slice_of_an_image_is_over_before_the_next_is_planned(
         tokens = sums[request.request_id].outputs[0].token_ids
         assert tokens == expected(request, 0, runner.vocab)
     assert runner.encoded == ([] if leaves else ["a"]) and not runner.begun
-    assert_nothing_left(engine, runner)
-
-
-class Failing:
-    """A step whose result the device never brings."""
-
-    failed = False
-
-    def __init__(self, launched: Any) -> None:
-        self.launched = launched
-
-    def result(self) -> StepResult:
-        self.launched.result()
-        raise RuntimeError("the device is lost")
-
-
-@pytest.mark.parametrize("overlapping", [False, True])
-def test_a_result_that_raises_fails_all_that_were_in_its_step(
-    new_engine, new_request, run_all, expected, overlapping: bool
-) -> None:
-    engine, runner = new_engine(async_scheduling=overlapping, max_num_batched_tokens=6)
-    launch = runner.launch
-
-    def lost(batch: ScheduledBatch) -> Any:
-        launched = launch(batch)
-        return Failing(launched) if launched.number == 2 else launched
-
-    runner.launch = lost
-    for name in "AB":
-        engine.add(new_request(name, [3], max_tokens=8, ignore_eos=True))
-    late = new_request("C", [9], max_tokens=2, ignore_eos=True)
-    sums = run_all(engine, num_steps=2)
-    engine.add(late)
-    run_all(engine, sums)
-    for name in "AB":
-        assert "internal error: RuntimeError" in sums[name].error.message
-    assert sums["C"].outputs[0].token_ids == expected(late, 0, runner.vocab)
-    assert_nothing_left(engine, runner)
-
-
-@pytest.mark.parametrize("where", ["launch", "result", "process"])
-def test_an_interrupt_anywhere_leaves_nothing_running(
-    new_engine, new_request, run_all, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    """As `LLM` does it: all are aborted, and what is in flight is waited for."""
-    engine, runner = new_engine()
-    for name in "AB":
-        engine.add(new_request(name, [3, "a"], lengths=LENGTHS, max_tokens=8, ignore_eos=True))
-    run_all(engine, num_steps=4)
-    owner, method = {
-        "launch": (runner, "run"),
-        "result": (engine._in_flight[0].launched.launched, "result"),
-        "process": (engine.scheduler.running[1].detokenizer, "push"),
-    }[where]
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, method, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            engine.step()
-    for name in "AB":
-        engine.abort(name, notify=False)
-    assert run_all(engine, max_steps=5) == {}
-    assert_nothing_left(engine, runner)
+    assert_given_back(engine, runner)
 
 
 class OnACPU:
