@@ -1,4 +1,4 @@
-"""Faults while steps overlap: in a launch, in a result, in what is found with it; and interrupts."""
+"""Faults while steps overlap: in a launch, in a result, told with one; and interrupts."""
 
 from __future__ import annotations
 
