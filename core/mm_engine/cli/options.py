@@ -186,6 +186,14 @@ AsyncScheduling = Annotated[
         rich_help_panel=MEMORY_PANEL,
     ),
 ]
+EnforceEager = Annotated[
+    bool,
+    typer.Option(
+        "--enforce-eager",
+        help="Capture no CUDA graphs: a faster start and less memory, slower decodes.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
 MemoryUtilization = Annotated[
     float,
     typer.Option(

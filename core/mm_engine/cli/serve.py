@@ -129,6 +129,7 @@ def serve(
     mm_processor_cache_memory: options.MMProcessorCacheMemory = "256MiB",
     speculative_config: options.SpeculativeConfig = None,
     async_scheduling: options.AsyncScheduling = None,
+    enforce_eager: options.EnforceEager = False,
     memory_utilization: options.MemoryUtilization = 0.9,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does.
@@ -165,6 +166,7 @@ def serve(
         mm_processor_cache_memory=mm_processor_cache_memory,
         speculative_config=speculative_config,
         async_scheduling=async_scheduling,
+        enforce_eager=enforce_eager,
         memory_utilization=memory_utilization,
     )
     config = EngineConfig(

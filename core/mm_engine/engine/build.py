@@ -13,9 +13,13 @@ import torch
 from mm_engine.config import EngineConfig
 from mm_engine.engine.engine import Engine
 from mm_engine.engine.pace import MIN_PROMPT_TOKENS, Pace
-from mm_engine.engine.status import EngineInfo
+from mm_engine.engine.status import EngineInfo, MemoryInfo
 from mm_engine.errors import PluginError, StartupError
+from mm_engine.models.weights import does_not_fit
+from mm_engine.plugins.blame import one_line
 from mm_engine.request import Request
+from mm_engine.worker.capture import GraphCapture
+from mm_engine.worker.memory import gib
 from mm_engine.worker.model_runner import ModelRunner
 
 if TYPE_CHECKING:
@@ -43,15 +47,20 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
     max_item_rows = max((opened.plugin.max_tokens(ctx, name) for name in ctx.limits), default=0)
     max_encoder_rows = num_encoder_rows(config, max_item_rows, runner.encoder.bytes_per_row)
     start = time.perf_counter()
-    runner.profile([profile_request])
+    profile(runner, profile_request)
+    capture = GraphCapture(runner, enforce_eager=config.enforce_eager, progress=config.progress)
+    capture.try_out()
     num_blocks = num_cache_blocks(
         config,
         max_model_len=ctx.max_model_len,
         bytes_per_block=runner.cache_bytes_per_block,
         available=runner.available_memory() - max_encoder_rows * runner.encoder.bytes_per_row,
         is_cpu=runner.device.type == "cpu",
+        graphs=runner.memory.graphs,
     )
     runner.init_cache(num_blocks)
+    capture.capture()
+    memory = log_memory(runner, num_blocks)
     num_cache_tokens = num_blocks * config.block_size
     pace = make_pace(runner, config, max_tokens=min(num_cache_tokens, ctx.max_model_len))
     profile_seconds = time.perf_counter() - start
@@ -81,8 +90,50 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         num_parameters=runner.num_parameters,
         load_seconds=runner.load_seconds,
         profile_seconds=profile_seconds,
+        memory=memory,
     )
     return engine
+
+
+def profile(runner: ModelRunner, request: Request) -> None:
+    """Run the costliest prompt, and as many decodes as fit a step.
+
+    Raises:
+        StartupError: there is no memory for it.
+        PluginError: the plugin broke its contract on its own dummy data.
+    """
+    try:
+        runner.profile([request])
+    except (RuntimeError, MemoryError) as error:
+        if not does_not_fit(error):
+            raise
+        raise StartupError(
+            f"a step doesn't fit in memory beside the weights ({gib(runner.weight_bytes)}): "
+            f"{one_line(error)}. Lower --max-num-batched-tokens, --max-num-seqs or "
+            "--max-model-len, or serve the model where there is more."
+        ) from error
+
+
+def log_memory(runner: ModelRunner, num_blocks: int) -> MemoryInfo:
+    """Say in one line what takes the memory of this process' device, and return it."""
+    memory = MemoryInfo(
+        weights=runner.weight_bytes,
+        peak=runner.memory.peak,
+        outside=runner.memory.outside,
+        graphs=runner.memory.graphs,
+        kv_cache=num_blocks * runner.cache_bytes_per_block,
+    )
+    parts = [f"weights {gib(memory.weights)}", f"peak of a step {gib(memory.peak)}"]
+    if runner.device.type != "cpu":
+        parts += [f"beside PyTorch {gib(memory.outside)}", f"CUDA graphs {gib(memory.graphs)}"]
+    logger.info(
+        "Memory: %s, KV cache %s (%s blocks of %d tokens)",
+        ", ".join(parts),
+        gib(memory.kv_cache),
+        f"{num_blocks:,}",
+        runner.block_size,
+    )
+    return memory
 
 
 def overlaps_steps(config: EngineConfig, device: str) -> bool:
@@ -159,15 +210,39 @@ def num_cache_blocks(
     bytes_per_block: int,
     available: int,
     is_cpu: bool,
+    graphs: int = 0,
 ) -> int:
     """How many blocks the KV cache gets, out of `available` bytes or `config.kv_cache_memory`.
 
     On a CPU, memory is shared with everybody else: never more than `max_num_seqs` sequences of
-    full length can use.
+    full length can use. `graphs` are the bytes that CUDA graphs take beside what is available.
 
     Raises:
-        StartupError: not even one block fits.
+        StartupError: not even one block fits, or no sequence of the length that was asked for.
     """
+    num_blocks = _num_fitting(config, bytes_per_block, available, graphs)
+    blocks_per_sequence = -(-max_model_len // config.block_size)
+    if num_blocks < blocks_per_sequence:
+        num_tokens = num_blocks * config.block_size
+        fact = (
+            f"one sequence of {max_model_len} tokens takes "
+            f"{gib(blocks_per_sequence * bytes_per_block)} of KV cache, and there is room for "
+            f"{num_tokens} tokens ({gib(num_blocks * bytes_per_block)})"
+        )
+        if config.max_model_len is not None:
+            more = "--kv-cache-memory" if config.kv_cache_memory else "--gpu-memory-utilization"
+            raise StartupError(
+                f"max_model_len doesn't fit in memory: {fact}. "
+                f"Use --max-model-len {num_tokens}, or raise {more}."
+            )
+        # Nobody asked for the checkpoint's own length.
+        logger.warning("Requests may have up to %d tokens: %s.", num_tokens, fact)
+    if is_cpu and config.kv_cache_memory is None:
+        num_blocks = min(num_blocks, config.max_num_seqs * blocks_per_sequence)
+    return num_blocks
+
+
+def _num_fitting(config: EngineConfig, bytes_per_block: int, available: int, graphs: int) -> int:
     if config.kv_cache_memory is not None:
         if config.kv_cache_memory < bytes_per_block:
             raise StartupError(
@@ -175,14 +250,15 @@ def num_cache_blocks(
                 f"One block of {config.block_size} tokens takes {bytes_per_block} bytes."
             )
         return config.kv_cache_memory // bytes_per_block
-    num_blocks = available // bytes_per_block
-    if num_blocks < 1:
+    if available < bytes_per_block <= available + graphs:
+        raise StartupError(
+            f"CUDA graphs leave no memory for the KV cache: they take {gib(graphs)}. Lower "
+            "--max-num-seqs, raise --gpu-memory-utilization, or use --enforce-eager."
+        )
+    if available < bytes_per_block:
         raise StartupError(
             f"No memory is left for the KV cache: {max(0, available)} bytes of the "
             f"{bytes_per_block} that one block takes. Raise memory_utilization, "
             "lower max_num_batched_tokens, or free memory."
         )
-    if is_cpu:
-        blocks_per_sequence = -(-max_model_len // config.block_size)
-        num_blocks = min(num_blocks, config.max_num_seqs * blocks_per_sequence)
-    return num_blocks
+    return available // bytes_per_block

@@ -6,6 +6,17 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryInfo:
+    """What takes the memory of the device, or of the first of several: bytes."""
+
+    weights: int = 0
+    peak: int = 0  # of a step, beside weights and KV cache
+    outside: int = 0  # taken by libraries beside PyTorch; 0 on a CPU, as are
+    graphs: int = 0  # CUDA graphs
+    kv_cache: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What was loaded and what it can hold."""
 
@@ -20,6 +31,7 @@ class EngineInfo:
     num_parameters: int
     load_seconds: float
     profile_seconds: float = 0.0  # the dummy data's run, and the KV cache's allocation
+    memory: MemoryInfo = MemoryInfo()
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ def open_model(
         hf_config=hf_config,
         checkpoint=path,
         tokenizer=tokenizer,
-        dtype=pick_dtype(config, hf_config),
+        dtype=pick_dtype(config, hf_config, says=found_here),
         max_model_len=pick_max_model_len(config, hf_config),
         limits=MappingProxyType({**DEFAULT_LIMITS, **config.limit_mm_per_prompt}),
         architecture=architecture,
@@ -101,24 +101,43 @@ def pick_device(config: EngineConfig, rank: int = 0) -> torch.device:
     return torch.device("cuda", rank)
 
 
-def pick_dtype(config: EngineConfig, hf_config: Any) -> torch.dtype:
+def pick_dtype(config: EngineConfig, hf_config: Any, *, says: bool = False) -> torch.dtype:
     """The dtype of weights and cache. `auto` is the checkpoint's; on a CPU bfloat16 for float16,
-    whose instructions few CPUs have.
+    whose instructions few CPUs have, and the other way round on a card that is too old for it,
+    which is logged if `says`.
 
     Raises:
-        StartupError: the name is none of float32, bfloat16, float16.
+        StartupError: the name is none of float32, bfloat16, float16, or the card is too old.
     """
     if config.dtype != "auto":
         if config.dtype not in DTYPES:
             raise StartupError(
                 f"dtype is not known: {config.dtype}. Use auto, {', '.join(DTYPES)}."
             )
+        if config.dtype == "bfloat16" and (card := _card_without_bfloat16(config)) is not None:
+            raise StartupError(f"dtype is not for this card: bfloat16. {card}: --dtype float16.")
         return DTYPES[config.dtype]
     own = hf_config.dtype or getattr(hf_config.get_text_config(), "dtype", None)
     if own not in DTYPES.values() or (own == torch.float16 and pick_device(config).type == "cpu"):
-        return torch.bfloat16
+        own = torch.bfloat16
+    if own == torch.bfloat16 and (card := _card_without_bfloat16(config)) is not None:
+        if says:
+            logger.info("Computing in float16 instead of bfloat16: %s.", card)
+        return torch.float16
     assert isinstance(own, torch.dtype)
     return own
+
+
+def _card_without_bfloat16(config: EngineConfig) -> str | None:
+    """Why this model's cards don't compute in bfloat16; None: they do, or there is none."""
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return None
+    for index in range(min(config.tensor_parallel_size, torch.cuda.device_count())):
+        major, minor = torch.cuda.get_device_capability(index)
+        if major < 8:
+            name = torch.cuda.get_device_name(index)
+            return f"{name} has compute capability {major}.{minor}, and bfloat16 takes 8.0"
+    return None
 
 
 def pick_max_model_len(config: EngineConfig, hf_config: Any) -> int:

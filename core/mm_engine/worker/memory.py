@@ -10,6 +10,9 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
+
+from mm_engine.models.layers import Linear
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -22,7 +25,29 @@ class DeviceMemory:
         self.utilization = utilization
         self.num_sharing = num_sharing if device.type == "cpu" else 1  # processes, of its memory
         self.peak = 0  # bytes that a step takes beside weights and cache
+        self.graphs = 0  # bytes of CUDA graphs
         self._before = 0
+        self._outside = self._taken_outside()
+
+    @property
+    def outside(self) -> int:
+        """Bytes of the device that libraries took beside PyTorch since this was made."""
+        return max(0, self._taken_outside() - self._outside)
+
+    def _taken_outside(self) -> int:
+        """By this process and by others: nobody tells them apart."""
+        if self.device.type != "cuda":
+            return 0
+        free, total = torch.cuda.mem_get_info()
+        return int(total - free - torch.cuda.memory_reserved())
+
+    def free(self) -> int:
+        """Bytes of the device that nobody has taken; 0 on a CPU, whose steps keep nothing."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info()[0])
 
     def begin(self) -> None:
         """From here on note the peak of what is taken."""
@@ -51,12 +76,33 @@ class DeviceMemory:
         self.end()
 
     def available(self) -> int:
-        """Bytes left for the KV cache: this share of the device's memory, less the peak."""
+        """Bytes left for the KV cache: this share of the device's memory, less peak and graphs.
+
+        What libraries have taken beside PyTorch by now, such as NCCL's buffers, isn't free.
+        """
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info()
-            return int(free - total * (1 - self.utilization)) - self.peak
+            return int(free - total * (1 - self.utilization)) - self.peak - self.graphs
         return int(available_ram() * self.utilization / self.num_sharing) - self.peak
+
+
+def gib(num_bytes: int) -> str:
+    """A size for people: `13.2 GiB`, `0.043 GiB`."""
+    size = num_bytes / 2**30
+    return f"{size:.1f} GiB" if size >= 1 or not num_bytes else f"{size:.2g} GiB"
+
+
+def size_of(model: nn.Module) -> int:
+    """Bytes of a model's weights and buffers, those that are packed or quantised included."""
+    tensors = [*model.parameters(), *model.buffers()]
+    packed = 0
+    for module in model.modules():
+        if isinstance(module, Linear):
+            tensors += module.quantized
+            if module.packed is not None:  # its layout hides its size
+                packed += module.num_packed * module.packed.element_size()
+    return packed + sum(t.nbytes for t in {t.data_ptr(): t for t in tensors if t.numel()}.values())
 
 
 def forget_peak() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -19,8 +20,10 @@ from mm_engine.sampling_params import SamplingParams
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
 from mm_engine.sequence import Sequence as EngineSequence
 from mm_engine.worker import rank_wire
-from mm_engine.worker.batch import ForwardBatch, StepLayout, StepTensors, build_batch, slots_of
+from mm_engine.worker.batch import ForwardBatch, build_batch, slots_of
+from mm_engine.worker.dummies import most_decodes
 from mm_engine.worker.encoder import Encoder
+from mm_engine.worker.graphs import CaptureFailed
 from mm_engine.worker.launched import Finite, LaunchedStep
 from mm_engine.worker.loader import OpenedModel, pick_device
 from mm_engine.worker.model_shard import ModelShard
@@ -56,7 +59,9 @@ class ModelRunner(ModelShard):
         except BaseException:
             self.close()
             raise
+        self.config = config
         self.max_num_batched_tokens = config.max_num_batched_tokens
+        self._embeds_dtype = self.dtype  # what a model's `embed_tokens` makes may be of another
         self.encoder = Encoder(self.model, opened.plugin, self.hidden_size, self.device, self.dtype)
         self.sampler = Sampler(config.seed)
 
@@ -92,40 +97,89 @@ class ModelRunner(ModelShard):
         available = self.memory.available()
         if self.ranks is None:
             return available
-        self.ranks.send(rank_wire.Measure(ends=True))
+        self.ranks.send(rank_wire.Report())
         others = self.ranks.wait(rank_wire.Available)
         return min(available, *(other.num_bytes for other in others))
+
+    def capture_next(self, size: int) -> None:
+        """Capture the graph for `size` sequences, in each rank.
+
+        Raises:
+            CaptureFailed: one of them can't.
+        """
+        failure: CaptureFailed | None = None
+        if self.ranks is not None:
+            dtype = str(self._embeds_dtype).removeprefix("torch.")
+            self.ranks.send(rank_wire.Capture(size, dtype))
+        try:
+            self.capture_graph(size, self._embeds_dtype)
+        except CaptureFailed as error:
+            failure = error
+        for other in self.ranks.wait(rank_wire.Captured) if self.ranks is not None else ():
+            if other.why_not and failure is None:
+                told = f"{other.why_not}, in rank {other.rank}"
+                failure = CaptureFailed(told, no_memory=other.no_memory)
+        if failure is not None:
+            raise failure
+
+    def drop_graphs(self) -> None:
+        """Run every step eagerly from now on, in each rank."""
+        super().drop_graphs()
+        if self.ranks is not None and self.group is not None:
+            self.ranks.send(rank_wire.DropGraphs(self.group.num_calls))
+
+    def end_trial(self) -> None:
+        """Give up the graphs that were tried, and their cache, in each rank."""
+        super().end_trial()
+        if self.ranks is not None:
+            self.ranks.send(rank_wire.EndTrial())
 
     def profile(self, requests: Sequence[Request]) -> None:
         """Run the dummy `requests` whole, to see the peak of memory and check the plugin's counts.
 
+        Then as many decodes as a step may hold, over the same tokens: those sample most rows.
+
         Raises:
             PluginError: the plugin's encoder or model broke its contract on its own dummy data.
         """
-        if self.ranks is not None:
-            self.ranks.send(rank_wire.Measure(ends=False))
         for request in requests:
             for item in request.items:
                 self._check_keywords(item)
             # A step never holds more tokens than this; a long dummy is run in such chunks.
             sequence = EngineSequence(request)
             num_blocks = -(-sequence.num_tokens // self.block_size)
+            room = self.memory.available()
             self.init_cache(num_blocks)
             sequence.block_table = list(range(num_blocks))
-            with self.memory.measured():
+            with self._measured():
                 # Together, as a step that holds them all does: that is the encoder's peak.
                 errors = self.encoder.encode(request.items)
                 if errors:
                     raise next(iter(errors.values()))
                 while sequence.num_uncomputed_tokens:
                     num_new = min(sequence.num_uncomputed_tokens, self.max_num_batched_tokens)
-                    batch = ScheduledBatch((ScheduledSequence(sequence, num_new),))
-                    (token,) = self.run(batch).tokens
-                    if token.error is not None:
-                        raise PluginError(token.error.message)
+                    self._try(ScheduledBatch((ScheduledSequence(sequence, num_new),)))
                     sequence.num_computed_tokens += num_new
+                max_tokens = room // self.cache_bytes_per_block * self.block_size
+                self._try(most_decodes(sequence, self.config, max_tokens=max_tokens))
             self.encoder.drop([item.content_key for item in request.items])
         self.kv_caches = []
+
+    def _try(self, batch: ScheduledBatch) -> None:
+        """Run a step of dummies; what would fail one of them is raised."""
+        for token in self.run(batch).tokens:
+            if token.error is not None:
+                raise PluginError(token.error.message)
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Note the peak of memory inside, in each rank; their caches are no part of it."""
+        if self.ranks is not None:
+            self.ranks.send(rank_wire.Measure(ends=False))
+        with self.memory.measured():
+            yield
+        if self.ranks is not None:
+            self.ranks.send(rank_wire.Measure(ends=True))
 
     def time_steps(self, max_tokens: int) -> Iterator[tuple[int, float]]:
         """How long steps of 1, 2, 4, … up to `max_tokens` tokens take: pairs (tokens, seconds).
@@ -227,17 +281,18 @@ class ModelRunner(ModelShard):
         """Hidden states and logits of a step, which all ranks compute together."""
         input_ids = forward.input_ids(self.device)
         embeds = self._embed(forward, input_ids)
+        self._embeds_dtype = embeds.dtype
+        graph = 0
+        if self.graphs is not None and self.graphs.dtype == embeds.dtype:
+            graph = self.graphs.size_for(forward.layout)
         if self.ranks is None or self.group is None:
-            return self.compute(input_ids, embeds, self._tensors(forward.layout))
+            return self.compute(input_ids, embeds, forward.layout, graph)
         with self.ranks.together():
             dtype = str(embeds.dtype).removeprefix("torch.")
-            self.ranks.send(rank_wire.Run(forward.layout, dtype))
+            self.ranks.send(rank_wire.Run(forward.layout, dtype, graph))
             self.group.broadcast(input_ids)
             embeds = self.group.broadcast(embeds)
-            return self.compute(input_ids, embeds, self._tensors(forward.layout))
-
-    def _tensors(self, layout: StepLayout) -> StepTensors:
-        return layout.tensors(self.backend, self.kv_caches, self.device)
+            return self.compute(input_ids, embeds, forward.layout, graph)
 
     def _embed(self, forward: ForwardBatch, input_ids: Tensor) -> Tensor:
         """`[T, hidden]` embeddings, those of images in their places."""

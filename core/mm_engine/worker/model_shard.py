@@ -11,13 +11,16 @@ from mm_engine_kernels.quantized import FP8
 from torch import Tensor
 
 from mm_engine.attention.backend import Attention, block_size_of
+from mm_engine.attention.metadata import AttentionMetadata
 from mm_engine.attention.select import choose, needs_of
 from mm_engine.config import EngineConfig
 from mm_engine.errors import MMEngineError
 from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
-from mm_engine.worker.batch import StepTensors
+from mm_engine.worker.batch import StepLayout
+from mm_engine.worker.graphs import DecodeGraphs
 from mm_engine.worker.loader import OpenedModel, load_model, pick_device
-from mm_engine.worker.memory import DeviceMemory
+from mm_engine.worker.memory import DeviceMemory, size_of
+from mm_engine.worker.transfers import to_device
 
 
 class ModelShard:
@@ -33,6 +36,7 @@ class ModelShard:
         loaded = load_model(opened, self.device)
         self.model = loaded.model
         self.num_parameters, self.load_seconds = loaded.num_parameters, loaded.seconds
+        self.weight_bytes = size_of(self.model)
         self.layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         for index, layer in enumerate(self.layers):
             layer.layer_index = index
@@ -47,7 +51,10 @@ class ModelShard:
         self.block_size = block_size_of(self.backend, config.block_size)
         self.vocab_size = int(opened.ctx.text_config.vocab_size)
         self.hidden_size = int(opened.ctx.text_config.hidden_size)
+        self.max_model_len = opened.ctx.max_model_len
+        self.max_graphed = min(config.max_num_seqs, config.max_num_batched_tokens)  # sequences
         self.kv_caches: list[tuple[Tensor, Tensor]] = []
+        self.graphs: DecodeGraphs | None = None
 
     @property
     def cache_bytes_per_block(self) -> int:
@@ -57,6 +64,7 @@ class ModelShard:
 
     def init_cache(self, num_blocks: int) -> None:
         """Allocate the KV cache, zeroed: unwritten slots of a block are read, then masked."""
+        self.graphs = None  # they read and write the one before
         self.kv_caches = [
             (
                 torch.zeros(shape, dtype=self.cache_dtype, device=self.device),
@@ -78,26 +86,69 @@ class ModelShard:
                 for cache in caches:
                     reference.indexable(cache).flatten(0, 1)[slots] = 0
 
+    def capture_graph(self, size: int, dtype: torch.dtype) -> None:
+        """Capture the graph for `size` sequences, whose embeddings are of `dtype`.
+
+        Raises:
+            CaptureFailed: it can't be captured.
+        """
+        if self.graphs is None:
+            self.graphs = DecodeGraphs(self, dtype)
+        self.graphs.capture(size)
+
+    def drop_graphs(self) -> None:
+        """Run every step eagerly from now on."""
+        self.graphs = None
+
+    def end_trial(self) -> None:
+        """Give up the graphs that were tried, and their cache; `memory` keeps what all take."""
+        if self.graphs is not None:
+            first, *others = self.graphs.taken
+            left = len(self.graphs.sizes) - 1
+            self.memory.graphs = first + left * max(0, *others, 0)
+        self.graphs = None
+        self.kv_caches = []
+
     def compute(
-        self, input_ids: Tensor, embeds: Tensor, tensors: StepTensors
+        self, input_ids: Tensor, embeds: Tensor, layout: StepLayout, graph: int = 0
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states `[T, hidden]` of a step, and logits `[R, vocab]` of its sampled rows.
+
+        A `graph` is replayed if it isn't 0; the next step then overwrites the hidden states, as
+        soon as the device has come to it.
+
+        Raises:
+            PluginError: the model raised, or returned something else.
+        """
+        if graph:
+            assert self.graphs is not None
+            hidden = self.graphs.run(graph, input_ids, embeds, layout)
+        else:
+            tensors = layout.tensors(self.backend, self.kv_caches, self.device)
+            hidden = self.hidden_states(input_ids, embeds, tensors.positions, tensors.metadata)
+        num_rows = len(layout.sampled_rows)
+        if not num_rows:
+            return hidden, None
+        rows = to_device(layout.sampled_rows, self.device)
+        with self.blamed("compute_logits"):
+            logits: Tensor = self.model.compute_logits(hidden[rows])
+            self.check_shape("compute_logits", "logits", logits, [num_rows, self.vocab_size])
+        return hidden, logits
+
+    def hidden_states(
+        self, input_ids: Tensor, embeds: Tensor, positions: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        """`[T, hidden]` of T tokens.
 
         Raises:
             PluginError: the model raised, or returned something else.
         """
         with self.blamed("forward"):
             hidden: Tensor = self.model.forward(
-                input_ids, tensors.positions, tensors.metadata, inputs_embeds=embeds
+                input_ids, positions, metadata, inputs_embeds=embeds
             )
             self.check_shape("forward", "hidden states", hidden, [len(input_ids), self.hidden_size])
-        num_rows = len(tensors.sampled_rows)
-        if not num_rows:
-            return hidden, None
-        with self.blamed("compute_logits"):
-            logits: Tensor = self.model.compute_logits(hidden[tensors.sampled_rows])
-            self.check_shape("compute_logits", "logits", logits, [num_rows, self.vocab_size])
-        return hidden, logits
+        return hidden
 
     @contextmanager
     def blamed(self, method: str) -> Iterator[None]:

@@ -73,6 +73,7 @@ class Rank:
         import torch
 
         from mm_engine.worker import rank_wire
+        from mm_engine.worker.graphs import CaptureFailed
 
         if isinstance(message, rank_wire.Begin):
             self._begin(message)
@@ -87,7 +88,20 @@ class Rank:
                 return
             model.memory.end()
             model.kv_caches = []
+        elif isinstance(message, rank_wire.Report):
             self._send(rank_wire.Available(self.rank, model.memory.available()))
+        elif isinstance(message, rank_wire.Capture):
+            try:
+                model.capture_graph(message.size, getattr(torch, message.dtype))
+            except CaptureFailed as error:
+                self._send(rank_wire.Captured(self.rank, str(error), error.no_memory))
+            else:
+                self._send(rank_wire.Captured(self.rank))
+        elif isinstance(message, rank_wire.EndTrial):
+            model.end_trial()
+        elif isinstance(message, rank_wire.DropGraphs):
+            model.drop_graphs()
+            self._group.num_calls = message.num_calls
         elif isinstance(message, rank_wire.Clean):
             model.clean(torch.tensor(message.slots, device=model.device))
         elif isinstance(message, rank_wire.Run):
@@ -99,8 +113,7 @@ class Rank:
                 embeds = torch.empty(shape, dtype=dtype, device=model.device)
                 self._group.broadcast(ids)
                 self._group.broadcast(embeds)
-                tensors = message.layout.tensors(model.backend, model.kv_caches, model.device)
-                model.compute(ids, embeds, tensors)
+                model.compute(ids, embeds, message.layout, message.graph)
 
     def _begin(self, message: rank_wire.Begin) -> None:
         from dataclasses import replace

@@ -24,9 +24,30 @@ class InitCache(msgspec.Struct, tag=True):
 
 
 class Measure(msgspec.Struct, tag=True):
-    """To a rank: from here on note the peak of memory, or (`ends`) say what it leaves."""
+    """To a rank: note the peak of memory from here on, or (`ends`) up to here."""
 
     ends: bool
+
+
+class Report(msgspec.Struct, tag=True):
+    """To a rank: say what memory is left."""
+
+
+class Capture(msgspec.Struct, tag=True):
+    """To a rank: capture the CUDA graph for so many sequences, and say how it went."""
+
+    size: int
+    dtype: str  # of the embeddings
+
+
+class EndTrial(msgspec.Struct, tag=True):
+    """To a rank: give up the graphs that were tried, and their cache."""
+
+
+class DropGraphs(msgspec.Struct, tag=True):
+    """To a rank: compute without graphs. Where captures have failed, ranks have come apart."""
+
+    num_calls: int  # of the group, from which all go on
 
 
 class Run(msgspec.Struct, tag=True):
@@ -34,6 +55,7 @@ class Run(msgspec.Struct, tag=True):
 
     layout: StepLayout
     dtype: str  # of the embeddings
+    graph: int  # the size of the CUDA graph to replay; 0: none
 
 
 class Clean(msgspec.Struct, tag=True):
@@ -67,6 +89,14 @@ class Available(msgspec.Struct, tag=True):
     num_bytes: int
 
 
+class Captured(msgspec.Struct, tag=True):
+    """From a rank: a graph is there, or why not."""
+
+    rank: int
+    why_not: str = ""
+    no_memory: bool = False
+
+
 class Failed(msgspec.Struct, tag=True):
     """From a rank: what it was told to do last raised, after so many calls of the group."""
 
@@ -76,8 +106,8 @@ class Failed(msgspec.Struct, tag=True):
     num_calls: int
 
 
-ToRank = Begin | InitCache | Measure | Run | Clean | Quit
-FromRank = Opened | Loaded | Available | Failed
+ToRank = Begin | InitCache | Measure | Report | Capture | EndTrial | DropGraphs | Run | Clean | Quit
+FromRank = Opened | Loaded | Available | Captured | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_rank = msgspec.msgpack.Decoder(ToRank).decode

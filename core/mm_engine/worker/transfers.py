@@ -17,6 +17,12 @@ def to_device(values: Any, device: torch.device, dtype: torch.dtype = torch.int6
     return tensor.to(device, non_blocking=True)
 
 
+def fill(target: Tensor, values: Any) -> None:
+    """Write a (nested) list to `target`; nothing waits for what the device is doing."""
+    tensor = torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda)
+    target.copy_(tensor, non_blocking=True)
+
+
 class HostCopy:
     """A copy of a tensor that is on its way to the host; reading it waits for that copy alone.
 

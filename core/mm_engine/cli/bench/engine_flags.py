@@ -55,6 +55,7 @@ class EngineFlags:
     mm_processor_cache_memory: options.MMProcessorCacheMemory = "256MiB"
     speculative_config: options.SpeculativeConfig = None
     async_scheduling: options.AsyncScheduling = None
+    enforce_eager: options.EnforceEager = False
     memory_utilization: options.MemoryUtilization = 0.9
 
     def of_server(self) -> EngineFlags:

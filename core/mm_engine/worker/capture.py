@@ -1,0 +1,107 @@
+"""When CUDA graphs are captured, and what becomes of a model for which it fails.
+
+All ranks capture the same graphs, in the same order, or none does.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from mm_engine.errors import StartupError
+from mm_engine.worker.graphs import RECORDERS, CaptureFailed, ladder
+from mm_engine.worker.memory import gib
+from mm_engine.worker.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+class GraphCapture:
+    """The way from a loaded model to its graphs: `try_out`, then the KV cache, then `capture`."""
+
+    def __init__(self, runner: ModelRunner, *, enforce_eager: bool, progress: bool) -> None:
+        self._runner = runner
+        self._progress = progress
+        self._sizes = ladder(runner.max_graphed)[::-1]  # the largest first: the others fit in it
+        self._seconds = 0.0
+        self.wanted = runner.device.type in RECORDERS
+        if not self.wanted:
+            return
+        why = None
+        if enforce_eager:
+            why = "--enforce-eager"
+        elif not runner.backend.captures:
+            why = f"attention by {runner.backend.name} can't be captured"
+        if why is not None:
+            self.wanted = False
+            logger.info("No CUDA graphs: %s.", why)
+
+    def try_out(self) -> None:
+        """Capture two over a cache of one block, to know what all take, and give them up again.
+
+        The estimate is vLLM's: the largest, and for each other what the second took beside it. The
+        KV cache, over which they are captured for good, gets what that leaves.
+
+        Raises:
+            StartupError: they don't fit.
+        """
+        if not self.wanted:
+            return
+        self._runner.init_cache(1)
+        self._capture(self._sizes[:2])
+        self._runner.end_trial()
+
+    def capture(self) -> None:
+        """Capture all over the KV cache, which is there to stay.
+
+        Raises:
+            StartupError: they don't fit.
+        """
+        if not self.wanted:
+            return
+        self._capture(self._sizes)
+        graphs = self._runner.graphs
+        if graphs is None:
+            return
+        self._runner.memory.graphs = sum(graphs.taken)
+        logger.info(
+            "CUDA graphs: %d, for steps of 1 to %d decodes; %.1f s, %s.",
+            len(self._sizes),
+            self._sizes[0],
+            self._seconds,
+            gib(self._runner.memory.graphs),
+        )
+
+    def _capture(self, sizes: list[int]) -> None:
+        start = time.perf_counter()
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=Console(stderr=True),
+            disable=not self._progress,
+        ) as bar:
+            for size in bar.track(sizes, description="Capturing CUDA graphs"):
+                try:
+                    self._runner.capture_next(size)
+                except CaptureFailed as error:
+                    self._give_up(size, error)
+                    break
+        self._seconds += time.perf_counter() - start
+
+    def _give_up(self, size: int, error: CaptureFailed) -> None:
+        """Go on without graphs, if it isn't for want of memory."""
+        self._runner.drop_graphs()
+        if error.no_memory:
+            raise StartupError(
+                f"CUDA graphs don't fit in memory: the one for {size} sequences ({error}). Lower "
+                "--max-num-seqs or --gpu-memory-utilization, or do without them: --enforce-eager."
+            ) from error
+        self.wanted = False
+        logger.warning(
+            "CUDA graphs can't be captured: %s. Decodes run without them, as with --enforce-eager.",
+            error,
+        )

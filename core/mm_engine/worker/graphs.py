@@ -1,0 +1,191 @@
+"""CUDA graphs: the model's part of a step of decodes, captured at startup and replayed.
+
+A graph repeats what was launched when it was captured, over the same tensors. So there is one for
+each size of a ladder, and a step fills the tensors and runs the next larger one, padded.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from mm_engine.attention.metadata import AttentionMetadata
+from mm_engine.models.weights import does_not_fit
+from mm_engine.plugins.blame import one_line
+from mm_engine.worker.batch import StepLayout
+from mm_engine.worker.transfers import fill
+
+if TYPE_CHECKING:
+    from mm_engine.worker.model_shard import ModelShard
+
+MAX_SIZE = 512  # sequences; in larger steps the device is busy for longer than launching takes
+
+
+def ladder(max_num_seqs: int) -> list[int]:
+    """The sizes that are captured, ascending: 1, 2, 4, then in strides of 8, from 256 on of 16.
+
+    vLLM's. Padding then costs a step little, and 64 sequences take 11 graphs.
+    """
+    top = min(max_num_seqs, MAX_SIZE)
+    sizes = (1, 2, 4, *range(8, 256, 8), *range(256, MAX_SIZE, 16))
+    return [*(size for size in sizes if size < top), top]
+
+
+class CaptureFailed(Exception):
+    """A graph can't be captured; the message says why. `no_memory`: it doesn't fit."""
+
+    def __init__(self, why: str, *, no_memory: bool) -> None:
+        super().__init__(why)
+        self.no_memory = no_memory
+
+    @classmethod
+    def of(cls, error: BaseException) -> CaptureFailed:
+        """What is told of `error`: a capture that is broken off raises once more at its end, so it
+        is the first of those that it came of."""
+        first, no_memory = error, False
+        cause: BaseException | None = error
+        while cause is not None:
+            first = cause
+            no_memory = no_memory or does_not_fit(cause) or "out of memory" in str(cause)
+            cause = cause.__cause__ or cause.__context__
+        return cls(one_line(first).rstrip("."), no_memory=no_memory)
+
+
+class Recorder(Protocol):
+    """Turns what a function launches into something that launches it again."""
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Call `function`, more than once; what is returned does to its tensors what it did."""
+        ...
+
+
+class CudaRecorder:
+    """Captures into CUDA graphs that share their memory: they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        """See `Recorder`."""
+        outside = torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            self._stream.wait_stream(outside)
+            with torch.cuda.stream(self._stream):
+                # The first run compiles kernels and makes handles, which a capture can't.
+                function()
+            outside.wait_stream(self._stream)
+            # Not "global": NCCL's own thread looks at its events meanwhile.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                function()
+        except BaseException:
+            torch.cuda.set_stream(outside)  # a capture that fails leaves its own in force
+            raise
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+#: What captures on each type of device. On others steps run eagerly, and nobody expects more.
+RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
+
+
+class DecodeGraphs:
+    """One rank's graphs over its KV cache, and the tensors that they read and write."""
+
+    def __init__(self, shard: ModelShard, dtype: torch.dtype) -> None:
+        """`dtype` is that of the embeddings. Nothing is captured yet: the largest comes first."""
+        self._free = shard.memory.free()
+        self.taken: list[int] = []  # bytes of each graph, in the order of capture
+        self.sizes = ladder(shard.max_graphed)
+        self.dtype = dtype
+        self.max_blocks = -(-shard.max_model_len // shard.block_size)  # of a sequence
+        self._shard = shard
+        self._record = RECORDERS[shard.device.type](shard.device)
+        self._replays: dict[int, Callable[[], None]] = {}
+        self._captured: list[int] = []  # sizes, ascending
+        top, device = self.sizes[-1], shard.device
+        with torch.inference_mode():
+            self._ids = torch.zeros(top, dtype=torch.int64, device=device)
+            self._positions = torch.zeros(top, dtype=torch.int64, device=device)
+            self._slots = torch.full((top,), -1, dtype=torch.int64, device=device)
+            self._contexts = torch.zeros(top, dtype=torch.int32, device=device)
+            self._tables = torch.zeros(top, self.max_blocks, dtype=torch.int32, device=device)
+            self._starts = torch.arange(top + 1, dtype=torch.int32, device=device)
+            self._embeds = torch.zeros(top, shard.hidden_size, dtype=dtype, device=device)
+        self._hidden: Tensor | None = None  # [top, hidden]: of the step that was replayed last
+
+    def capture(self, size: int) -> None:
+        """Capture the graph for steps of up to `size` sequences.
+
+        Raises:
+            CaptureFailed: the model does what can't be captured, such as waiting for the device,
+                or the memory is too small.
+        """
+        try:
+            with torch.inference_mode():
+                # All rows are padding: nothing is written to the cache.
+                fill(self._slots[:size], [-1] * size)
+                fill(self._contexts[:size], [0] * size)
+                self._replays[size] = self._record(lambda: self._forward(size))
+        except Exception as error:
+            raise CaptureFailed.of(error) from error
+        self._captured = sorted(self._replays)
+        free = self._shard.memory.free()
+        self.taken.append(self._free - free)
+        self._free = free
+
+    def size_for(self, layout: StepLayout) -> int:
+        """The graph that runs this step; 0: none does."""
+        num = len(layout.positions)
+        if num != len(layout.query_lens) or num > self.sizes[-1]:
+            return 0
+        if len(layout.block_tables[0]) > self.max_blocks:
+            return 0
+        place = bisect_left(self._captured, num)
+        return self._captured[place] if place < len(self._captured) else 0
+
+    def run(self, size: int, input_ids: Tensor, embeds: Tensor, layout: StepLayout) -> Tensor:
+        """Hidden states `[T, hidden]` of a step, by the graph that `size_for` has named.
+
+        The next run overwrites them.
+        """
+        num = len(layout.positions)
+        padding, width = size - num, len(layout.block_tables[0])
+        self._ids[:num].copy_(input_ids)
+        self._embeds[:num].copy_(embeds)
+        if padding:
+            self._embeds[num:size].zero_()  # what is left there may be NaN
+        fill(self._positions[:size], layout.positions + [0] * padding)
+        fill(self._slots[:size], layout.slots + [-1] * padding)
+        fill(self._contexts[:size], layout.context_lens + [0] * padding)
+        fill(self._tables[:num, :width], layout.block_tables)
+        self._replays[size]()
+        assert self._hidden is not None
+        return self._hidden[:num]
+
+    def _forward(self, size: int) -> None:
+        shard = self._shard
+        metadata = AttentionMetadata(
+            shard.backend,
+            shard.kv_caches,
+            slot_mapping=self._slots[:size],
+            block_tables=self._tables[:size],
+            query_starts=self._starts[: size + 1],
+            contexts=self._contexts[:size],
+            max_query_len=1,
+            max_context_len=shard.max_model_len,
+        )
+        hidden = shard.hidden_states(
+            self._ids[:size], self._embeds[:size], self._positions[:size], metadata
+        )
+        if self._hidden is None:
+            self._hidden = hidden.new_empty((self.sizes[-1], shard.hidden_size))
+        # One place for all sizes: what a graph's own pool holds is the next graph's to overwrite.
+        self._hidden[:size].copy_(hidden)
