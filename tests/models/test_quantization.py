@@ -210,7 +210,8 @@ def model() -> Model:
 
 
 def names_of(model: Model) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in weight_targets(model).items()}
+    targets = weight_targets(model).items()
+    return {name: target.tensor.clone() for name, target in targets}
 
 
 @pytest.mark.parametrize("name", NAMES)
