@@ -15,8 +15,10 @@ from transformers import LlavaForConditionalGeneration
 from checkpoints import make_llava
 from decoding import weights_of
 from mm_engine import LLM, SamplingParams
-from mm_engine.config import EngineConfig
+from mm_engine.config import EngineConfig, Shard
 from mm_engine.errors import StartupError
+from mm_engine.models import weights as weights_module
+from mm_engine.models.weights import Target, weight_targets
 from mm_engine.worker.loader import load_model, open_model
 
 Weights = dict[str, Tensor]
@@ -250,3 +252,35 @@ def test_dummy_weights_need_no_file_and_follow_the_seed(saved: Path, rewrite: Re
         assert tensor.dim() == 1 or not torch.equal(tensor, other[name]), name
         if tensor.dim() > 1:
             assert 0.01 < float(tensor.std()) < 0.03, name
+
+
+@pytest.mark.parametrize("drawn", [997, weights_module.DRAWN])
+def test_dummy_weights_of_two_processes_are_pieces_of_the_whole_ones(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, drawn: int
+) -> None:
+    monkeypatch.setattr(weights_module, "DRAWN", drawn)
+    config = EngineConfig(model=str(saved), load_format="dummy", dtype="float32", progress=False)
+
+    def targets(shard: Shard) -> dict[str, Target]:
+        opened = open_model(config, shard=shard)
+        return weight_targets(load_model(opened, torch.device("cpu")).model)
+
+    whole = targets(Shard())
+    num_split = 0
+    for rank in range(2):
+        for name, target in targets(Shard(rank, 2)).items():
+            piece, place = target.pieces(whole[name].tensor)
+            assert torch.equal(piece, place), name
+            num_split += list(place.shape) != target.shape
+    assert num_split > 10
+
+
+def test_dummy_weights_past_what_is_drawn_repeat_it_and_their_rows_differ(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights_module, "DRAWN", 997)
+    down = load(saved, load_format="dummy")[DOWN.removeprefix("model.")]
+    flat = down.flatten()
+    assert len(flat) > 2 * 997
+    assert torch.equal(flat[:-997], flat[997:])
+    assert len(down.unique(dim=0)) == len(down)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 from mm_engine.config import Piece
 from mm_engine.errors import StartupError
 from mm_engine.models.layers import Linear, length_of
+
+#: Numbers that are drawn for a tensor of random weights at most. A prime: no two rows of a matrix
+#: begin at the same of them, so that its rows differ.
+DRAWN = 1_048_583
 
 
 @dataclass(slots=True)
@@ -228,14 +233,35 @@ def _copy(name: str, tensor: Tensor, target: Target) -> None:
 
 
 def fill_random(model: nn.Module, seed: int) -> None:
-    """Random weights of a sane scale, for `--load-format dummy`; equal for equal seeds."""
+    """Random weights of a sane scale, for `--load-format dummy`; equal for equal seeds.
+
+    Past its first `DRAWN` numbers a tensor repeats them: drawing billions would take minutes.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, target in sorted(weight_targets(model).items()):
         if target.tensor.dim() == 1 and name.endswith("weight"):
             target.tensor.fill_(1.0)  # a norm's
         elif name.endswith("bias"):
             target.tensor.zero_()
-        else:  # whole, so that processes draw the same and keep their pieces
-            whole = torch.empty(target.shape).normal_(0.0, 0.02, generator=generator)
-            piece, place = target.pieces(whole)
-            place.copy_(piece)
+        else:
+            num = min(math.prod(target.shape), DRAWN)
+            drawn = torch.empty(num).normal_(0.0, 0.02, generator=generator)
+            _fill(target, drawn.to(target.tensor.dtype))
+
+
+def _fill(target: Target, drawn: Tensor) -> None:
+    """Fill a target with `drawn` from its beginning, again and again.
+
+    As if the whole were filled, so that processes hold equal pieces of equal tensors.
+    """
+    whole, (piece, place) = target.tensor, (target.tensor, target.tensor)
+    in_place = target.shape == list(whole.shape) and whole.is_contiguous()
+    if not in_place:
+        whole = torch.empty(target.shape, dtype=drawn.dtype)
+        piece, place = target.pieces(whole)
+    flat = whole.view(-1)
+    for start in range(0, len(flat), len(drawn)):
+        part = flat[start : start + len(drawn)]
+        part.copy_(drawn[: len(part)])
+    if not in_place:
+        place.copy_(piece)
