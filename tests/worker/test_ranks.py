@@ -278,3 +278,25 @@ def test_a_rank_that_dies_while_starting_is_a_refusal_to_start(
     monkeypatch.setattr(ranks, "spawn", spawn)
     with pytest.raises(StartupError, match="tensor-parallel rank 1 ended: exit status 7"):
         start(llava)
+
+
+def test_a_rank_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    """A real process: what it does first is to watch its parent."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    script = (
+        "import os, sys, time\n"
+        "from mm_engine.processes import spawn\n"
+        "print(spawn('mm_engine.worker.rank', sys.argv[1], 1, os.getpid(), 30).pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    wait_until(lambda: is_gone(pid), "the rank to be gone")
+    wait_until(lambda: not folder.exists(), "its folder to be gone")
