@@ -46,10 +46,21 @@ def make_checkpoint(
     """
     if (path / "model.safetensors").is_file():
         return path
+    config = make_config(path, vision=vision, text=text)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    model.save_pretrained(path)
+    return path
+
+
+def make_config(
+    path: Path, *, vision: Mapping[str, int], text: Mapping[str, int], image_size: int = 336
+) -> LlavaConfig:
+    """Write all but weights to `path`: config, tokenizer, image processor."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             **vision,
-            image_size=336,
+            image_size=image_size,
             patch_size=14,
         ),
         text_config=LlamaConfig(
@@ -61,10 +72,10 @@ def make_checkpoint(
             pad_token_id=0,
         ),
         image_token_index=IMAGE_TOKEN,
+        image_seq_length=(image_size // 14) ** 2,
+        architectures=["LlavaForConditionalGeneration"],
     )
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
-    model.save_pretrained(path)
+    config.save_pretrained(path)
     tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,9 +87,10 @@ def make_checkpoint(
         extra_special_tokens={"image_token": "<image>"},
     ).save_pretrained(path)
     CLIPImageProcessorPil(
-        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
     ).save_pretrained(path)
-    return path
+    return config
 
 
 def _vocabulary() -> dict[str, int]:

@@ -18,6 +18,7 @@ SCRIPTS = (
     "checkpoint",
     "compare",
     "fairness",
+    "gpu",
     "quantization",
     "record",
     "reuse",
@@ -44,7 +45,8 @@ TEXT = {
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """A script as a module; they import each other by their bare names."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in SCRIPTS:  # none of another test's, and none left behind
+    parts = [f"gpu_sections.{path.stem}" for path in (BENCHMARKS / "gpu_sections").glob("*.py")]
+    for name in (*SCRIPTS, *parts):  # none of another test's, and none left behind
         monkeypatch.setitem(sys.modules, name, None)
         del sys.modules[name]
     return importlib.import_module
