@@ -66,7 +66,7 @@ def test_all_sections_run_without_a_card(
     throughput = sections["throughput"]["details"]
     assert throughput["same_first"] == len(throughput["outputs"])  # the same weights, in float32
     if not torch.cuda.is_available():  # else Triton has no interpreter here, and wants the card
-        assert any(row["name"].endswith("MHA: triton") for row in sections["attention"]["rows"])
+        assert any(row["name"].endswith("GQA: triton") for row in sections["attention"]["rows"])
         assert any(row["name"].endswith(": triton") for row in sections["kernels"]["rows"])
     assert sections["tests"]["details"]["last_line"].startswith("1 passed")
     printed = capsys.readouterr().out
@@ -108,22 +108,34 @@ def test_a_section_that_fails_or_takes_too_long_costs_no_other(tmp_path: Path) -
     assert "more than the 0 s" in sections["sleeps"]["error"]
 
 
-def test_a_process_that_dies_leaves_what_it_had(
+def test_a_process_that_dies_costs_its_own_sections(
     gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Also: what the processes are told arrives, and what they write comes back."""
+    """The processes don't get to their imports, which take long: one answers, the other dies."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\n"
+        "import json, os, sys\n"
         "if '--child' in sys.argv:\n"
-        "    if 'decode' in open(sys.argv[sys.argv.index('--child') + 1]).read():\n"
+        "    note = sys.argv[sys.argv.index('--child') + 1]\n"
+        "    order = json.load(open(note))\n"
+        "    if 'decode' in order['names']:\n"
         "        os.kill(os.getpid(), 9)\n"
+        "    told = {'status': 'ok', 'rows': [], 'details': {'argv': sys.argv, 'order': order}}\n"
+        "    with open(note + '.out', 'w') as file:\n"
+        "        json.dump({'machine': told}, file)\n"
+        "    os._exit(0)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    sections = gpu("--processes", "--only", "machine", "floors", "decode")["sections"]
-    assert sections["machine"]["status"] == sections["floors"]["status"] == "ok"
-    assert sections["floors"]["details"]["copy_bytes_per_second"] > 0
+    flags = ("--only", "machine", "floors", "decode", "--tests", "some/path")
+    sections = gpu("--processes", *flags)["sections"]
+    assert sections["machine"]["status"] == "ok"
+    assert "exit status 0" in sections["floors"]["error"]  # it said nothing of it
     assert sections["decode"]["status"] == "error"
     assert "exit status -9" in sections["decode"]["error"]
+    told = sections["machine"]["details"]
+    assert told["order"]["names"] == ["machine", "floors"]
+    monkeypatch.setattr(sys, "argv", told["argv"])
+    args = importlib.import_module("gpu").arguments()
+    assert (args.device, args.tiny, args.tests) == ("cpu", True, ["some/path"])
 
 
 def test_a_process_is_told_what_was_measured_before(
@@ -246,7 +258,9 @@ def test_steps_are_queued_behind_a_device_that_is_held(
     assert importlib.import_module("gpu_sections.measure").measure(lambda: None, run.device) > 0
 
 
-def test_tests_that_fail_or_take_too_long_are_told(tmp_path: Path) -> None:
+def test_tests_that_fail_or_take_too_long_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     parts = importlib.import_module("gpu_sections.tests")
     measure = importlib.import_module("gpu_sections.measure")
     run_module = importlib.import_module("gpu_sections.run")
@@ -257,6 +271,7 @@ def test_tests_that_fail_or_take_too_long_are_told(tmp_path: Path) -> None:
     assert time.perf_counter() - start < 30
     out = measure.Section()
     run = run_module.Run(CPU, shapes.TINY, tmp_path, {})
-    with pytest.raises(RuntimeError, match="exit status 4: ERROR: file or directory not found"):
-        parts.card_tests([str(tmp_path / "absent.py")], 60.0)(run, out)
-    assert out.details["exit_status"] == 4
+    monkeypatch.setattr(parts, "finished", lambda *_: (1, "FAILED a::b\n1 failed in 2s\n\n"))
+    with pytest.raises(RuntimeError, match="exit status 1: 1 failed in 2s"):
+        parts.card_tests(["a"], 60.0)(run, out)
+    assert out.details["exit_status"] == 1 and out.details["failed"] == ["FAILED a::b"]

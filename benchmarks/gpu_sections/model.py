@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def decode(run: Run, out: Section) -> None:
     out.details |= {
         "async_scheduling": run.llm.engine.max_in_flight > 0,
         "attention": run.runner.backend.name,
+        "graphs": run.runner.graphs is not None,
+        "memory_bytes": asdict(info.memory),
         "block_size": info.block_size,
         "load_seconds": info.load_seconds,
         "profile_seconds": info.profile_seconds,
