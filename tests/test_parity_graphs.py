@@ -98,3 +98,27 @@ def test_drafts_run_eagerly_among_replays(
     check(oracle, answers, got)
     assert llm.engine.stats().num_drafts > 0
     assert replays.steps
+
+
+#: Loaded in each rank: there, too, graphs are "captured".
+PLUGIN = """
+from graphing import CallAgain
+from mm_engine.worker.graphs import RECORDERS
+from mm_llava.plugin import *
+
+RECORDERS.setdefault("cpu", CallAgain)
+"""
+
+
+@pytest.mark.usefixtures("forked_ranks")
+def test_two_ranks_replay_the_same_graphs(
+    llava: Path, oracle: Oracle, answers: list[list[int]], tmp_path: Path
+) -> None:
+    plugin = tmp_path / "graphed.py"
+    plugin.write_text(PLUGIN)
+    llm, replays, got = run(llava, tensor_parallel_size=2, plugins=(str(plugin),))
+    try:
+        check(oracle, answers, got)
+        assert {size for size, _ in replays.steps} >= {2, 4, 5}
+    finally:
+        llm.engine.runner.close()

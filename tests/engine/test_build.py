@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -53,6 +54,63 @@ def test_without_memory_for_a_block_it_does_not_start(available: int) -> None:
 def test_a_kv_cache_memory_below_a_block_is_refused() -> None:
     with pytest.raises(StartupError, match="kv_cache_memory is too small: 999 bytes"):
         blocks(kv_cache_memory=999)
+
+
+def test_graphs_that_leave_nothing_for_the_cache_are_named() -> None:
+    config = EngineConfig(model="none")
+    with pytest.raises(StartupError, match=r"CUDA graphs leave no memory .* 0.5 GiB. Lower --max"):
+        num_cache_blocks(
+            config,
+            max_model_len=16,
+            bytes_per_block=1000,
+            available=900,
+            is_cpu=False,
+            graphs=2**29,
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [({}, "--gpu-memory-utilization"), ({"kv_cache_memory": 6_000}, "--kv-cache-memory")],
+    ids=["what is left", "what is given"],
+)
+def test_a_length_asked_for_that_does_not_fit_is_refused(
+    options: dict[str, Any], more: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(StartupError) as refused:
+        blocks(6_999, max_model_len=100, **options)
+    text = str(refused.value)
+    assert text.startswith("max_model_len doesn't fit in memory: one sequence of 100 tokens takes")
+    assert "room for 96 tokens" in text
+    assert text.endswith(f"Use --max-model-len 96, or raise {more}.")
+    assert blocks(7_000, max_model_len=100) == 7
+    assert not caplog.records
+    assert blocks(6_999, **options) == 6  # the checkpoint's own length was nobody's wish
+    assert "Requests may have up to 96 tokens: one sequence of 100" in caplog.text
+
+
+def test_the_log_says_what_takes_the_memory(llava: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    llm = LLM(str(llava), max_model_len=64, max_num_seqs=2, device="cpu", progress=False)
+    assert llm.engine.info is not None
+    memory, num_blocks = llm.engine.info.memory, llm.engine.info.num_blocks
+    runner = llm.engine.runner._runner
+    assert memory.kv_cache == sum(c.nbytes for pair in runner.kv_caches for c in pair)
+    assert memory.weights == runner.weight_bytes > 4 * llm.engine.info.num_parameters * 0.9
+    assert memory.peak > 0 and memory.graphs == memory.outside == 0
+    (line,) = [text for text in caplog.messages if text.startswith("Memory: ")]
+    said = rf"weights [\d.]+ MiB, peak of a step [\d.]+ [GM]iB, KV cache [\d.]+ MiB \({num_blocks} "
+    assert re.fullmatch(rf"Memory: {said}blocks of 16 tokens\)", line)
+    assert "graphs" not in caplog.text
+
+
+def test_a_step_that_does_not_fit_is_refused(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def profile(*_: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(build.ModelRunner, "profile", profile)
+    with pytest.raises(StartupError, match=r"a step doesn't fit .* 2.00 GiB.* Lower --max-num-b"):
+        LLM(str(llava), max_model_len=64, device="cpu", progress=False)
 
 
 def encoder_rows(max_item_rows: int, **options: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,48 @@ def test_auto_is_the_checkpoints_dtype_if_a_cpu_computes_in_it(
 def test_a_dtype_asked_for_wins(name: str) -> None:
     picked = pick_dtype(options(dtype=name), hf_config(torch.bfloat16))
     assert picked == getattr(torch, name)
+
+
+def old_card(patch: pytest.MonkeyPatch) -> None:
+    """Two cards, of which the second doesn't compute in bfloat16."""
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "device_count", lambda: 2)
+    patch.setattr(torch.cuda, "set_device", lambda index: None)
+    patch.setattr(torch.cuda, "get_device_capability", lambda index: ((8, 0), (7, 5))[index])
+    patch.setattr(torch.cuda, "get_device_name", lambda index: ("new", "Tesla T4")[index])
+
+
+def test_a_card_without_bfloat16_computes_in_float16_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    old_card(monkeypatch)
+    model, both = hf_config(torch.bfloat16), {"tensor_parallel_size": 2}
+    assert pick_dtype(options(device="auto"), model, says=True) == torch.bfloat16
+    assert pick_dtype(options(device="cpu", **both), model, says=True) == torch.bfloat16
+    own = hf_config(torch.float32)
+    assert pick_dtype(options(device="auto", **both), own, says=True) == torch.float32
+    assert pick_dtype(options(device="auto", **both), model) == torch.float16
+    assert not caplog.records
+    for own in (torch.bfloat16, None):
+        picked = pick_dtype(options(device="cuda", **both), hf_config(own), says=True)
+        assert picked == torch.float16
+    said = (
+        "Computing in float16 instead of bfloat16: Tesla T4 has compute capability 7.5, and "
+        "bfloat16 takes 8.0."
+    )
+    assert [record.getMessage() for record in caplog.records] == [said] * 2
+
+
+def test_bfloat16_asked_for_on_a_card_without_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old_card(monkeypatch)
+    config = options(device="cuda", dtype="bfloat16", tensor_parallel_size=2)
+    with pytest.raises(StartupError, match=r"bfloat16. Tesla T4 has .* 7.5,.*: --dtype float16."):
+        pick_dtype(config, hf_config())
+    assert pick_dtype(replace(config, tensor_parallel_size=1), hf_config()) == torch.bfloat16
+    assert pick_dtype(replace(config, device="cpu"), hf_config()) == torch.bfloat16
 
 
 def test_a_dtype_that_is_not_known_is_refused() -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch import nn
 
+from mm_engine.models.layers import Linear
 from mm_engine.worker import memory
-from mm_engine.worker.memory import DeviceMemory, available_ram, peak_rss
+from mm_engine.worker.memory import DeviceMemory, available_ram, peak_rss, readable, size_of
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -83,3 +85,69 @@ def test_what_loading_took_is_not_counted() -> None:
     with device.measured():
         pass
     assert device.peak < 64 * MIB
+
+
+class Card:
+    """A card of 1000 bytes, of which others have taken 100."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.reserved, self.allocated, self.outside = 0, 0, 100
+        self.peak = 0
+        for name, function in {
+            "mem_get_info": lambda: (1000 - self.outside - self.reserved, 1000),
+            "memory_reserved": lambda: self.reserved,
+            "memory_allocated": lambda: self.allocated,
+            "max_memory_allocated": lambda: self.peak,
+            "synchronize": lambda: None,
+            "reset_peak_memory_stats": lambda: None,
+            "empty_cache": self.empty_cache,
+        }.items():
+            patch.setattr(torch.cuda, name, function)
+
+    def empty_cache(self) -> None:
+        self.reserved = self.allocated
+
+
+def test_on_a_card_weights_peak_graphs_and_libraries_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = Card(monkeypatch)
+    device = DeviceMemory(torch.device("cuda"), 0.9)
+    assert (device.outside, device.free(), device.available()) == (0, 900, 800)
+    card.reserved, card.allocated = 260, 250  # weights
+    with device.measured():
+        card.outside += 30  # NCCL's buffers, say
+        card.peak, card.reserved = 320, 350
+    assert (device.peak, device.outside) == (70, 30)
+    assert device.free() == 1000 - 250 - 130
+    assert device.available() == 1000 - 100 - 250 - 130 - 70
+    device.graphs = 40
+    assert device.available() == 1000 - 100 - 250 - 130 - 70 - 40
+
+
+def test_a_models_size_counts_what_is_packed_and_shared_once() -> None:
+    model = nn.Module()
+    model.plain = Linear(4, 2)
+    model.tied = nn.Linear(4, 2, bias=False)
+    model.tied.weight = model.plain.weight
+    model.packed = Linear(8, 2)
+    model.packed.packed, model.packed.num_packed = torch.empty(1, dtype=torch.bfloat16), 16
+    model.packed.weight = nn.Parameter(torch.empty(0))
+    model.quantized = Linear(8, 2)
+    model.quantized.quantized = (torch.empty(16, dtype=torch.int8), torch.empty(2))
+    model.quantized.weight = nn.Parameter(torch.empty(0))
+    model.register_buffer("table", torch.empty(3))
+    assert size_of(model) == 32 + 32 + (16 + 8) + 12
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0.0 GiB"),
+        (13 * 2**30 + 2**28, "13.2 GiB"),
+        (2**29, "0.5 GiB"),
+        (5 * 2**20, "5 MiB"),
+    ],
+)
+def test_sizes_are_written_in_gib(size: int, text: str) -> None:
+    assert readable(size) == text

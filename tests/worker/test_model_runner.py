@@ -240,6 +240,41 @@ def test_profiling_leaves_no_cache_and_no_features(runner: ModelRunner) -> None:
     assert 0 < runner.available_memory() < 2**50
 
 
+@pytest.mark.parametrize(
+    ("num_drafted", "max_tokens", "num_seqs", "length"),
+    [(0, 20, 5, 20), (3, 20, 5, 20), (3, 8, 2, 20), (3, 20, 5, 2)],
+)
+def test_profiling_samples_as_many_rows_as_a_step_may(
+    runner: ModelRunner,
+    monkeypatch: pytest.MonkeyPatch,
+    num_drafted: int,
+    max_tokens: int,
+    num_seqs: int,
+    length: int,
+) -> None:
+    """Over the whole dummy, or as much of it as so many sequences can have at once."""
+    config = make_config(
+        runner.opened.ctx.checkpoint,
+        max_num_seqs=5,
+        max_num_batched_tokens=max_tokens,
+        num_speculative_tokens=num_drafted,
+    )
+    monkeypatch.setattr(runner, "config", config)
+    room = -(-length * num_seqs // BLOCK) * runner.cache_bytes_per_block
+    monkeypatch.setattr(runner.memory, "available", lambda: room if length < 20 else 2**40)
+    steps, run = [], runner.run
+    monkeypatch.setattr(runner, "run", lambda batch: steps.append(batch) or run(batch))
+    before = runner.sampler.num_unseeded
+    runner.profile([with_image(1).request])
+    shares = steps[-1].sequences
+    num_drafted = min(num_drafted, length - 1)
+    assert len(shares) == num_seqs
+    assert {(s.num_new_tokens, len(s.draft_token_ids)) for s in shares} == {(1, num_drafted)}
+    assert {s.start + s.num_rows for s in shares} == {length}
+    assert all(s.samples for s in shares)
+    assert runner.sampler.num_unseeded == before, "it takes no request's random numbers"
+
+
 def test_profiling_finds_an_encoder_that_breaks_its_contract(runner: ModelRunner) -> None:
     item = make_item("short", 2, ROWS - 1, pixel_values=pixels(1))  # the plugin gives 16
     request = make_sequence((1, 9, *[IMAGE] * (ROWS - 1)), items=(item,)).request

@@ -19,7 +19,7 @@ from mm_engine.models.weights import does_not_fit
 from mm_engine.plugins.blame import one_line
 from mm_engine.request import Request
 from mm_engine.worker.capture import GraphCapture
-from mm_engine.worker.memory import gib
+from mm_engine.worker.memory import readable
 from mm_engine.worker.model_runner import ModelRunner
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def profile(runner: ModelRunner, request: Request) -> None:
         if not does_not_fit(error):
             raise
         raise StartupError(
-            f"a step doesn't fit in memory beside the weights ({gib(runner.weight_bytes)}): "
+            f"a step doesn't fit in memory beside the weights ({readable(runner.weight_bytes)}): "
             f"{one_line(error)}. Lower --max-num-batched-tokens, --max-num-seqs or "
             "--max-model-len, or serve the model where there is more."
         ) from error
@@ -123,13 +123,16 @@ def log_memory(runner: ModelRunner, num_blocks: int) -> MemoryInfo:
         graphs=runner.memory.graphs,
         kv_cache=num_blocks * runner.cache_bytes_per_block,
     )
-    parts = [f"weights {gib(memory.weights)}", f"peak of a step {gib(memory.peak)}"]
+    parts = [f"weights {readable(memory.weights)}", f"peak of a step {readable(memory.peak)}"]
     if runner.device.type != "cpu":
-        parts += [f"beside PyTorch {gib(memory.outside)}", f"CUDA graphs {gib(memory.graphs)}"]
+        parts += [
+            f"beside PyTorch {readable(memory.outside)}",
+            f"CUDA graphs {readable(memory.graphs)}",
+        ]
     logger.info(
         "Memory: %s, KV cache %s (%s blocks of %d tokens)",
         ", ".join(parts),
-        gib(memory.kv_cache),
+        readable(memory.kv_cache),
         f"{num_blocks:,}",
         runner.block_size,
     )
@@ -226,8 +229,8 @@ def num_cache_blocks(
         num_tokens = num_blocks * config.block_size
         fact = (
             f"one sequence of {max_model_len} tokens takes "
-            f"{gib(blocks_per_sequence * bytes_per_block)} of KV cache, and there is room for "
-            f"{num_tokens} tokens ({gib(num_blocks * bytes_per_block)})"
+            f"{readable(blocks_per_sequence * bytes_per_block)} of KV cache, and there is room for "
+            f"{num_tokens} tokens ({readable(num_blocks * bytes_per_block)})"
         )
         if config.max_model_len is not None:
             more = "--kv-cache-memory" if config.kv_cache_memory else "--gpu-memory-utilization"
@@ -252,7 +255,7 @@ def _num_fitting(config: EngineConfig, bytes_per_block: int, available: int, gra
         return config.kv_cache_memory // bytes_per_block
     if available < bytes_per_block <= available + graphs:
         raise StartupError(
-            f"CUDA graphs leave no memory for the KV cache: they take {gib(graphs)}. Lower "
+            f"CUDA graphs leave no memory for the KV cache: they take {readable(graphs)}. Lower "
             "--max-num-seqs, raise --gpu-memory-utilization, or use --enforce-eager."
         )
     if available < bytes_per_block:

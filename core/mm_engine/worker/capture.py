@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mm_engine.errors import StartupError
 from mm_engine.worker.graphs import RECORDERS, CaptureFailed, ladder
-from mm_engine.worker.memory import gib
+from mm_engine.worker.memory import readable
 from mm_engine.worker.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class GraphCapture:
             len(self._sizes),
             self._sizes[0],
             self._seconds,
-            gib(self._runner.memory.graphs),
+            readable(self._runner.memory.graphs),
         )
 
     def _capture(self, sizes: list[int]) -> None:

@@ -87,10 +87,10 @@ class DeviceMemory:
         return int(available_ram() * self.utilization / self.num_sharing) - self.peak
 
 
-def gib(num_bytes: int) -> str:
-    """A size for people: `13.2 GiB`, `0.043 GiB`."""
+def readable(num_bytes: int) -> str:
+    """A size for people: `13.2 GiB`, or `43 MiB` where it is small."""
     size = num_bytes / 2**30
-    return f"{size:.1f} GiB" if size >= 1 or not num_bytes else f"{size:.2g} GiB"
+    return f"{size:.1f} GiB" if size >= 0.1 or not num_bytes else f"{size * 1024:.3g} MiB"
 
 
 def size_of(model: nn.Module) -> int:
