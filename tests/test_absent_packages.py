@@ -38,7 +38,7 @@ logging.basicConfig(level=logging.INFO, format="%(message)s")
 params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
 for backend in ("auto", "triton"):
     options = {"dtype": "float32", "device": "cpu", "kv_cache_memory": 2**22, "progress": False}
-    options |= {"max_model_len": 64, "limit_mm_per_prompt": {"image": 0}}
+    options |= {"max_model_len": 64, "max_num_seqs": 4, "limit_mm_per_prompt": {"image": 0}}
     try:
         llm = LLM(attention_backend=backend, **options)
     except StartupError as error:

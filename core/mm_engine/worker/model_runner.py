@@ -148,7 +148,7 @@ class ModelRunner(ModelShard):
             # A step never holds more tokens than this; a long dummy is run in such chunks.
             sequence = EngineSequence(request)
             num_blocks = -(-sequence.num_tokens // self.block_size)
-            room = self.memory.available()
+            room = self.config.kv_cache_memory or self.memory.available()
             self.init_cache(num_blocks)
             sequence.block_table = list(range(num_blocks))
             with self._measured():
