@@ -28,6 +28,7 @@ from mm_engine.worker import rank, rank_group, rank_wire, model_shard, loader
 from mm_engine.models import decoder
 import mm_llava.plugin, mm_llava_next.plugin
 del sys.modules["mm_llava.plugin"], sys.modules["mm_llava_next.plugin"]  # a rank loads its own
+codes = {}
 print("ready", flush=True)
 for line in sys.stdin:
     told = json.loads(line)
@@ -45,8 +46,12 @@ for line in sys.stdin:
                 os._exit(code)
         print(pid, flush=True)
     else:
-        pid, status = os.waitpid(told["poll"], os.WNOHANG)
-        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+        number = told["poll"]
+        if number not in codes:  # it is asked by more than one thread
+            pid, status = os.waitpid(number, os.WNOHANG)
+            if pid:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        print(json.dumps(codes.get(number)), flush=True)
 """
 
 
@@ -65,7 +70,7 @@ class Zygote:
         self._lock = threading.Lock()
         assert self._read() == "ready"
 
-    def spawn(self, module: str, *arguments: object, **_: str) -> Forked:
+    def spawn(self, module: str, *arguments: object) -> Forked:
         """In place of `processes.spawn`."""
         assert module == "mm_engine.worker.rank"
         return Forked(self, int(self.ask({"fork": [str(argument) for argument in arguments]})))

@@ -26,7 +26,7 @@ def private_folder(longest_name: str) -> Path:
     return folder
 
 
-def spawn(module: str, *arguments: object, **environment: str) -> subprocess.Popen[Any]:
+def spawn(module: str, *arguments: object) -> subprocess.Popen[Any]:
     """Run `python -m module arguments…`: a fresh interpreter, so that the program that starts it
     needs no `if __name__ == "__main__"`.
 
@@ -38,7 +38,7 @@ def spawn(module: str, *arguments: object, **environment: str) -> subprocess.Pop
         [sys.executable, "-m", module, *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=2,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **environment},
+        env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
     )
 
 

@@ -14,7 +14,7 @@ from mm_engine.config import EngineConfig
 from mm_engine.engine.engine import Engine
 from mm_engine.engine.pace import MIN_PROMPT_TOKENS, Pace
 from mm_engine.engine.status import EngineInfo, MemoryInfo
-from mm_engine.errors import PluginError, StartupError
+from mm_engine.errors import EngineDead, PluginError, StartupError
 from mm_engine.models.weights import does_not_fit
 from mm_engine.plugins.blame import one_line
 from mm_engine.request import Request
@@ -41,8 +41,21 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         StartupError: weights are missing, or no memory is left for the KV cache.
         PluginError: the plugin broke its contract on its own dummy data.
     """
-    ctx = opened.ctx
     runner = ModelRunner(opened, config)
+    try:
+        return _build(runner, opened, config, profile_request)
+    except EngineDead as error:  # nothing was served yet
+        runner.close()
+        raise StartupError(str(error)) from error
+    except BaseException:
+        runner.close()
+        raise
+
+
+def _build(
+    runner: ModelRunner, opened: OpenedModel, config: EngineConfig, profile_request: Request
+) -> Engine:
+    ctx = opened.ctx
     config = replace(config, block_size=runner.block_size)  # as the backend takes it
     max_item_rows = max((opened.plugin.max_tokens(ctx, name) for name in ctx.limits), default=0)
     max_encoder_rows = num_encoder_rows(config, max_item_rows, runner.encoder.bytes_per_row)
@@ -58,7 +71,16 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         is_cpu=runner.device.type == "cpu",
         graphs=runner.memory.graphs,
     )
-    runner.init_cache(num_blocks)
+    try:
+        runner.init_cache(num_blocks)
+    except (RuntimeError, MemoryError) as error:
+        if not does_not_fit(error):
+            raise
+        taken = readable(num_blocks * runner.cache_bytes_per_block)
+        raise StartupError(
+            f"the KV cache doesn't fit in memory: {taken}. Lower --kv-cache-memory or "
+            "--gpu-memory-utilization."
+        ) from error
     capture.capture()
     memory = log_memory(runner, num_blocks)
     num_cache_tokens = num_blocks * config.block_size

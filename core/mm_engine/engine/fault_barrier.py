@@ -9,8 +9,9 @@ from pathlib import PurePath
 from typing import Protocol
 
 from mm_engine.errors import EngineDead, MMEngineError, RequestError
+from mm_engine.models.weights import device_is_lost
 from mm_engine.outputs import ErrorInfo
-from mm_engine.plugins.blame import may_be_the_users
+from mm_engine.plugins.blame import may_be_the_users, one_line
 from mm_engine.request import Item
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
 
@@ -92,8 +93,7 @@ class _Guarded:
         try:
             result = self.launched.result()
         except BaseException as error:
-            if _is_everybodys(error):
-                raise
+            _raise_everybodys(error)
             told = explain(error)
             return StepResult([SampledToken(error=told) for _ in range(self.num_sequences)])
         assert len(result.tokens) == self.num_sequences
@@ -103,7 +103,7 @@ class _Guarded:
 class FaultBarrier:
     """A runner that never raises: what fails is run again alone, and only that gets an error.
 
-    But for `EngineDead`, which ends the engine: a part of the model is gone.
+    But for `EngineDead`, which ends the engine: a part of the model is gone, or the device.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -122,8 +122,7 @@ class FaultBarrier:
         try:
             return self._launch(batch)
         except BaseException as error:  # a plugin's model may raise anything, SystemExit too
-            if _is_everybodys(error):
-                raise
+            _raise_everybodys(error)
             has_draft = any(share.draft_token_ids for share in batch.sequences)
             if len(batch.sequences) <= 1 and not has_draft:
                 told = explain(error)
@@ -158,15 +157,21 @@ class FaultBarrier:
                 alone = ScheduledBatch((share,), encode, self._owed_evictions)
                 sampled += self._launch(alone).result().tokens
             except BaseException as error:
-                if _is_everybodys(error):
-                    raise
+                _raise_everybodys(error)
                 sampled.append(SampledToken(error=explain(error)))
         return Computed(StepResult(sampled))  # an item encoded in slices gets its next one
 
 
-def _is_everybodys(error: BaseException) -> bool:
-    """Whether it is no sequence's fault: the user's interrupt, or a device that is gone."""
-    return may_be_the_users(error) or isinstance(error, EngineDead)
+def _raise_everybodys(error: BaseException) -> None:
+    """Raise what is no sequence's fault: the user's interrupt, or a device that is gone."""
+    if may_be_the_users(error) or isinstance(error, EngineDead):
+        raise error
+    if device_is_lost(error):
+        logger.error("The device has failed: %s", one_line(error))
+        name = type(error).__name__
+        raise EngineDead(
+            f"the engine has stopped: its device has failed ({name}). Start it again."
+        ) from error
 
 
 def needed_keys(scheduled: ScheduledSequence) -> set[str]:

@@ -117,7 +117,7 @@ class Scheduler:
         return bool(self.running or self.waiting or self.departures)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence whose request passed `check`."""
+        """Queue a new sequence whose request passed `check_request`."""
         sequence.arrival, sequence.arrival_time = self._num_added, time.monotonic()
         self._num_added += 1
         self.waiting.add(sequence)

@@ -216,6 +216,11 @@ def does_not_fit(error: BaseException) -> bool:
     )
 
 
+def device_is_lost(error: BaseException) -> bool:
+    """Whether the device has failed for good: after such an error every later call raises too."""
+    return isinstance(error, torch.AcceleratorError) and not does_not_fit(error)
+
+
 def _copy(name: str, tensor: Tensor, target: Target) -> None:
     floating = tensor.is_floating_point() and tensor.element_size() >= 2
     if not floating and tensor.dtype != target.tensor.dtype:  # a counter in a buffer is an integer

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_engine.errors import MMEngineError
+from mm_engine.models.weights import device_is_lost
 from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.plugins.plugin import Plugin
 from mm_engine.request import Item
@@ -141,7 +142,7 @@ class Encoder:
                     method, embed, lambda: self._finished(embed(**tensors))
                 )
         except BaseException as error:  # SystemExit too: a plugin doesn't end the engine
-            if may_be_the_users(error):
+            if may_be_the_users(error) or device_is_lost(error):
                 raise
             raise self.plugin.blame(method, f"raised {one_line(error)}", error) from error
         if isinstance(features, Tensor):

@@ -71,10 +71,16 @@ class Finite:
 class LaunchedStep:
     """A step that the device may still be computing. Steps come to their results in order."""
 
-    def __init__(self, known: StepResult, blame_nan: Callable[[str, list[int]], ErrorInfo]) -> None:
+    def __init__(
+        self,
+        known: StepResult,
+        blame_nan: Callable[[str, list[int]], ErrorInfo],
+        check: Callable[[], None],
+    ) -> None:
         """`known` already holds the errors of sequences that don't run."""
         self._known = known
         self._blame_nan = blame_nan
+        self._check = check
         self._running: list[int] = []  # their places in the plan
         self._forward: ForwardBatch | None = None
         self._finite: Finite | None = None
@@ -99,14 +105,20 @@ class LaunchedStep:
         return len(self._running) < len(self._known.tokens)
 
     def result(self) -> StepResult:
-        """Wait for the step; its sequences' tokens and errors."""
+        """Wait for the step; its sequences' tokens and errors.
+
+        Raises:
+            EngineDead: a rank is gone, and what the others summed up without it is no result.
+        """
         tokens = list(self._known.tokens)
         if self._forward is not None and self._finite is not None:
             if self._sampled is not None:
                 sampled = self._sampled.tokens()
                 for i, token in zip(self._indices, sampled, strict=True):
                     tokens[self._running[i]] = token
-            for i, method in self._finite.broken().items():
+            broken = self._finite.broken()
+            self._check()  # behind the waits: what ends a rank lets go of them
+            for i, method in broken.items():
                 error = self._blame_nan(method, self._forward.slots(i))
                 tokens[self._running[i]] = SampledToken(error=error)
         return StepResult(tokens, self._known.slice_is_last)

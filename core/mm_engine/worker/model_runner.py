@@ -13,8 +13,9 @@ from mm_engine_kernels import ops
 from torch import Tensor
 
 from mm_engine.config import EngineConfig
-from mm_engine.errors import MMEngineError, PluginError, StartupError
+from mm_engine.errors import EngineDead, MMEngineError, PluginError, StartupError
 from mm_engine.outputs import ErrorInfo
+from mm_engine.plugins.blame import one_line
 from mm_engine.request import Item, Request
 from mm_engine.sampling_params import SamplingParams
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
@@ -50,7 +51,7 @@ class ModelRunner(ModelShard):
         try:
             if self.ranks is not None:
                 self.ranks.wait(rank_wire.Opened)
-                self.group = RankGroup(device, 0, size, self.ranks.store, config.step_timeout)
+                self.group = self._meet(self.ranks, device, config)
                 self.ranks.join(self.group)
                 opened.ctx.shard.join(self.group)
             super().__init__(opened, config)
@@ -64,6 +65,21 @@ class ModelRunner(ModelShard):
         self._embeds_dtype = self.dtype  # what a model's `embed_tokens` makes may be of another
         self.encoder = Encoder(self.model, opened.plugin, self.hidden_size, self.device, self.dtype)
         self.sampler = Sampler(config.seed)
+
+    @staticmethod
+    def _meet(ranks: Ranks, device: torch.device, config: EngineConfig) -> RankGroup:
+        """Join the ranks, which have opened the model."""
+        size = config.tensor_parallel_size
+        try:
+            return RankGroup(device, 0, size, ranks.store, config.step_timeout)
+        except RuntimeError as error:
+            try:
+                ranks.check()
+            except EngineDead:
+                raise ranks.refusal() from error
+            raise StartupError(
+                f"the tensor-parallel ranks don't find each other: {one_line(error)}."
+            ) from error
 
     def close(self) -> None:
         """End the other ranks."""
@@ -249,7 +265,9 @@ class ModelRunner(ModelShard):
                     running.append(i)
                 else:
                     tokens[i] = SampledToken(error=error)
-            launched = LaunchedStep(StepResult(tokens, self.encoder.slice_is_last), self.blame_nan)
+            launched = LaunchedStep(
+                StepResult(tokens, self.encoder.slice_is_last), self.blame_nan, self.check
+            )
             if not running:
                 return launched
             forward = build_batch([batch.sequences[i] for i in running], self.block_size)

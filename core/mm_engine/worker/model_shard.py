@@ -15,6 +15,7 @@ from mm_engine.attention.metadata import AttentionMetadata
 from mm_engine.attention.select import choose, needs_of
 from mm_engine.config import EngineConfig
 from mm_engine.errors import MMEngineError
+from mm_engine.models.weights import device_is_lost
 from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.worker.batch import StepLayout
 from mm_engine.worker.graphs import DecodeGraphs
@@ -105,7 +106,7 @@ class ModelShard:
         if self.graphs is not None:
             first, *others = self.graphs.taken
             left = len(self.graphs.sizes) - 1
-            self.memory.graphs = first + left * max(0, *others, 0)
+            self.memory.graphs = first + left * max(0, *others)
         self.graphs = None
         self.kv_caches = []
 
@@ -158,7 +159,7 @@ class ModelShard:
         except (MMEngineError, torch.OutOfMemoryError):
             raise
         except BaseException as error:  # SystemExit too: a plugin doesn't end the engine
-            if may_be_the_users(error):
+            if may_be_the_users(error) or device_is_lost(error):
                 raise
             raise self.opened.plugin.blame(method, f"raised {one_line(error)}", error) from error
 

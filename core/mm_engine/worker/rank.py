@@ -26,8 +26,9 @@ def main(folder: Path, rank: int, parent_pid: int, log_level: int) -> int:
     leave_signals_to_parent()
     end_with_parent(parent_pid, folder)
     logging.basicConfig(format=f"%(asctime)s %(levelname)s rank {rank}: %(message)s")
-    # What it has to say, rank 0 says too.
-    logging.getLogger("mm_engine").setLevel(max(log_level, logging.WARNING))
+    # What it has to say, rank 0 says too, but for what is looked for at level debug.
+    quiet = log_level if log_level <= logging.DEBUG else max(log_level, logging.WARNING)
+    logging.getLogger("mm_engine").setLevel(quiet)
 
     from mm_engine.plugins.tolerance import pass_over_damage
 
@@ -58,16 +59,35 @@ class Rank:
 
         begin = self._folder / "begin"
         message = rank_wire.decode_to_rank(begin.read_bytes())
-        while True:
-            if isinstance(message, rank_wire.Quit):
-                return 0
-            try:
-                self._do(message)
-            except BaseException as error:  # SystemExit too: a plugin doesn't end a rank
-                logger.debug("A command failed.", exc_info=error)
-                calls = self._group.num_calls if self._group is not None else 0
-                self._send(rank_wire.Failed(self.rank, type(error).__name__, str(error), calls))
+        number, halted = 0, False
+        while not isinstance(message, rank_wire.Quit):
+            if isinstance(message, rank_wire.Resume):
+                halted = False
+            # What the others make of a step that this rank has failed is not known yet: the calls
+            # of the next one would meet theirs.
+            elif not (halted and isinstance(message, rank_wire.Run)):
+                try:
+                    self._do(message)
+                except BaseException as error:  # SystemExit too: a plugin doesn't end a rank
+                    halted = isinstance(message, rank_wire.Run)
+                    self._tell(error, number)
             message = rank_wire.decode_to_rank(self._commands.recv())
+            number += 1
+        return 0
+
+    def _tell(self, error: BaseException, number: int) -> None:
+        """Log what a message led to, and say it to rank 0."""
+        from mm_engine.errors import ERRORS_BY_NAME
+        from mm_engine.plugins.blame import one_line
+        from mm_engine.worker import rank_wire
+
+        name, told = type(error).__name__, one_line(error)
+        logger.warning("What rank 0 said last has failed: %s", told)
+        logger.debug("Its traceback:", exc_info=error)
+        if name in ERRORS_BY_NAME:  # rank 0 raises it again, as it is
+            told = str(error)
+        calls = self._group.num_calls if self._group is not None else 0
+        self._send(rank_wire.Failed(self.rank, number, name, told, calls))
 
     def _do(self, message: rank_wire.ToRank) -> None:
         import torch

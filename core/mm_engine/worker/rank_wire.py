@@ -97,16 +97,33 @@ class Captured(msgspec.Struct, tag=True):
     no_memory: bool = False
 
 
-class Failed(msgspec.Struct, tag=True):
-    """From a rank: what it was told to do last raised, after so many calls of the group."""
+class Resume(msgspec.Struct, tag=True):
+    """To a rank whose step has failed: it has in all ranks, so go on."""
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """From a rank: what it was told has raised. After a step it computes none until `Resume`."""
 
     rank: int
+    number: int  # of the message that told it; the first is 0
     name: str  # of the exception's class
     message: str
-    num_calls: int
+    num_calls: int  # that the rank has made of the group, up to where it failed
 
 
-ToRank = Begin | InitCache | Measure | Report | Capture | EndTrial | DropGraphs | Run | Clean | Quit
+ToRank = (
+    Begin
+    | InitCache
+    | Measure
+    | Report
+    | Capture
+    | EndTrial
+    | DropGraphs
+    | Run
+    | Resume
+    | Clean
+    | Quit
+)
 FromRank = Opened | Loaded | Available | Captured | Failed
 
 encode = msgspec.msgpack.Encoder().encode

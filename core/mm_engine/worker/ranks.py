@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1  # how often the processes are looked at
 GRACE_SECONDS = 10.0  # by which the ranks may be apart when they fail
+WORD_SECONDS = 30.0  # after which the log says whom is waited for
 QUIT_SECONDS = 3.0  # how long they may take to end when asked
 BEGIN, EVENTS = "begin", "events"  # in the folder
 
@@ -45,11 +46,7 @@ class Ranks:
     """The other ranks, 1 to `config.tensor_parallel_size` - 1. Ended by `close`, or with it."""
 
     def __init__(self, config: EngineConfig, plugin: PluginRecord) -> None:
-        """Start the processes; they open the model while the caller goes on.
-
-        Raises:
-            StartupError: `opened` says so, later.
-        """
+        """Start the processes; they open the model while the caller goes on. See `wait`."""
         self._folder = private_folder("commands-00")
         self.store = self._folder / "store"
         self._context = zmq.Context()
@@ -71,6 +68,7 @@ class Ranks:
         self._end = weakref.finalize(
             self, _end, self._watch, self._sockets, self._context, self._folder
         )
+        self._num_sent = 1  # messages to each rank, the first one in the file
         self._watch.start()
 
     @property
@@ -92,50 +90,58 @@ class Ranks:
         frame = rank_wire.encode(message)
         for socket in self._sockets:
             socket.send(frame, copy=False)
+        self._num_sent += 1
 
     def wait(self, kind: type[Event]) -> list[Event]:
-        """What each rank says of this kind.
+        """What each rank says of this kind. While it waits long, it says so.
 
         Raises:
             StartupError, PluginError: one says that it failed, or has ended.
         """
         found: dict[int, Event] = {}
+        next_word = time.monotonic() + WORD_SECONDS
         while len(found) < len(self._sockets):
             try:
-                event = self._next_event()
+                event = self._next_event(next_word)
+            except TimeoutError:
+                missing = sorted(set(range(1, len(self._sockets) + 1)) - found.keys())
+                logger.warning("Waiting for tensor-parallel ranks %s (%s).", missing, kind.__name__)
+                next_word = time.monotonic() + WORD_SECONDS
+                continue
             except EngineDead:
-                why = f"{self._watch.death} What it printed says more."
-                raise StartupError(why) from None
+                raise self.refusal() from None
             if isinstance(event, rank_wire.Failed):
                 error = ERRORS_BY_NAME.get(event.name, StartupError)
-                raise error(f"tensor-parallel rank {event.rank}: {event.message or event.name}")
+                raise error(f"tensor-parallel rank {event.rank}: {event.message}")
             if isinstance(event, kind):
                 found[event.rank] = event
         return [found[rank] for rank in sorted(found)]
+
+    def refusal(self) -> StartupError:
+        """What ended a rank, as an error of startup."""
+        return StartupError(f"{self._watch.death} What it printed says more.")
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Compute a step with the ranks: what raises in here must have been raised in each.
 
-        Then all are where they were before the step, and its error is the step's. If not, the
-        ranks have come apart.
+        Then all go on with the next step, and the error is this one's. If not, the ranks have come
+        apart. Whoever takes the step's result asks `check` then: a rank may fail or end after this.
 
         Raises:
             EngineDead: a rank is gone, or they have come apart.
         """
-        self._watch.begin_step()
+        number = self._num_sent  # of the message that tells the ranks of the step
         try:
             yield
         except BaseException as error:
             if may_be_the_users(error):  # who has no time to find out how far the others are
                 self._watch.die("interrupted in the middle of a tensor-parallel step.")
                 raise
-            if not isinstance(error, EngineDead):
-                self._settle(error)
+            if not isinstance(error, EngineDead) and self._num_sent > number:
+                self._settle(error, number)
             self.check()
             raise
-        finally:
-            self._watch.end_step()
 
     def check(self) -> None:
         """Raise `EngineDead` if a rank is gone."""
@@ -146,8 +152,8 @@ class Ranks:
         """Ask the processes to end, wait a moment, kill."""
         self._end()
 
-    def _settle(self, error: BaseException) -> None:
-        """Wait until each rank has failed as this one did."""
+    def _settle(self, error: BaseException, number: int) -> None:
+        """Wait until each rank has failed at message `number` as this one did, and go on."""
         assert self._watch.group is not None
         deadline = time.monotonic() + GRACE_SECONDS
         failed: set[int] = set()
@@ -155,14 +161,17 @@ class Ranks:
             try:
                 event = self._next_event(deadline)
             except TimeoutError:
-                what = one_line(error).rstrip(".")
-                self._watch.die(f"tensor-parallel rank 0 failed where others didn't: {what}.")
+                logger.error("Rank 0 failed: %s", one_line(error))
+                self._watch.die_of(0, type(error).__name__)
                 return
             if isinstance(event, rank_wire.Failed):
-                failed.add(event.rank)
-                if event.num_calls != self._watch.group.num_calls:
-                    self._watch.die_of(event)
+                alike = event.num_calls == self._watch.group.num_calls
+                if event.number != number or not alike:
+                    self._watch.die_of(event.rank, event.name)
                     return
+                failed.add(event.rank)
+                self._watch.forgive(event)
+        self.send(rank_wire.Resume())
 
     def _next_event(self, deadline: float = float("inf")) -> rank_wire.FromRank:
         while True:
@@ -185,43 +194,43 @@ class _Watch(threading.Thread):
         self.stopping = False
         self._socket = socket
         self._lock = threading.Lock()
-        self._failed: tuple[float, rank_wire.Failed] | None = (
-            None  # in this step; rank 0 hasn't yet
-        )
+        #: When which failures were told that rank 0 hasn't shared yet.
+        self._failed: dict[rank_wire.Failed, float] = {}
 
-    def begin_step(self) -> None:
-        """Rank 0 begins to compute with the others."""
+    def forgive(self, event: rank_wire.Failed) -> None:
+        """Rank 0 has failed at the same place."""
         with self._lock:
-            self._failed = None
-
-    def end_step(self) -> None:
-        """It has computed, or has failed together with them."""
-        with self._lock:
-            self._failed = None
+            self._failed.pop(event, None)
 
     def run(self) -> None:
         """Until told to stop."""
-        while not self.stopping:
-            if self._socket.poll(int(1000 * POLL_SECONDS)):
-                event = rank_wire.decode_from_rank(self._socket.recv())
-                if isinstance(event, rank_wire.Failed):
-                    with self._lock:
-                        self._failed = self._failed or (time.monotonic(), event)
-                self.events.put(event)
-                continue
-            for rank, process in enumerate(self.processes, start=1):
-                if process.poll() is not None and not self.stopping:
-                    self.die(f"tensor-parallel rank {rank} ended: {how_it_ended(process)}.")
-            with self._lock:
-                failed = self._failed
-            if failed is not None and time.monotonic() - failed[0] > GRACE_SECONDS:
-                self.die_of(failed[1])
+        try:
+            while not self.stopping:
+                self._look()
+        except Exception as error:  # from now on nobody looks
+            self.die(f"the tensor-parallel ranks can't be watched: {one_line(error)}.")
         self._socket.close(linger=0)
 
-    def die_of(self, failed: rank_wire.Failed) -> None:
-        """End because of what a rank alone failed of."""
-        what = (failed.message or failed.name).rstrip(".")
-        self.die(f"tensor-parallel rank {failed.rank} failed where others didn't: {what}.")
+    def _look(self) -> None:
+        if self._socket.poll(int(1000 * POLL_SECONDS)):
+            event = rank_wire.decode_from_rank(self._socket.recv())
+            if isinstance(event, rank_wire.Failed):
+                with self._lock:
+                    self._failed[event] = time.monotonic()
+            self.events.put(event)
+            return
+        for rank, process in enumerate(self.processes, start=1):
+            if process.poll() is not None and not self.stopping:
+                self.die(f"tensor-parallel rank {rank} ended: {how_it_ended(process)}.")
+        with self._lock:
+            failed = list(self._failed.items())
+        for event, since in failed:
+            if time.monotonic() - since > GRACE_SECONDS:
+                self.die_of(event.rank, event.name)
+
+    def die_of(self, rank: int, name: str) -> None:
+        """End because of what a rank alone failed of; its log says more than clients are told."""
+        self.die(f"tensor-parallel rank {rank} failed where others didn't ({name}).")
 
     def die(self, why: str) -> None:
         """Note that the model isn't whole any more, and end what waits for the lost part."""
