@@ -97,7 +97,8 @@ def test_the_log_says_what_takes_the_memory(llava: Path, caplog: pytest.LogCaptu
     runner = llm.engine.runner._runner
     assert memory.kv_cache == sum(c.nbytes for pair in runner.kv_caches for c in pair)
     assert memory.weights == runner.weight_bytes > 4 * llm.engine.info.num_parameters * 0.9
-    assert memory.peak > 0 and memory.graphs == memory.outside == 0
+    assert memory.peak == runner.memory.peak  # 0 where the process has held as much before
+    assert memory.graphs == memory.outside == 0
     (line,) = [text for text in caplog.messages if text.startswith("Memory: ")]
     said = rf"weights [\d.]+ MiB, peak of a step [\d.]+ [GM]iB, KV cache [\d.]+ MiB \({num_blocks} "
     assert re.fullmatch(rf"Memory: {said}blocks of 16 tokens\)", line)
