@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 
-from mm_engine.errors import PluginError, RequestError
+from mm_engine.errors import EngineDead, PluginError, RequestError
 from mm_engine.outputs import CompletionOutput, ErrorInfo, RequestOutput
 from mm_engine.sequence import SampledToken, ScheduledBatch, StepResult
 from sequences import AtOnce
@@ -373,3 +374,17 @@ def test_recomputed_prompts_are_counted_once(new_engine, new_request, run_all) -
     run_all(engine)
     assert engine.stats().num_preemptions > 0
     assert engine.stats().num_prompt_tokens == 12
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_a_device_that_is_lost_ends_the_engine_and_blames_nobody(
+    new_engine, new_request, num: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After such an error every call raises: requests would fail one by one, for ever."""
+    engine, runner = new_engine()
+    for i in range(num):
+        engine.add(new_request(f"{i}", [3 + i]))
+    runner.raises["0"] = torch.AcceleratorError("CUDA error: an illegal memory access")
+    with pytest.raises(EngineDead, match=r"its device has failed \(AcceleratorError\)"):
+        engine.step()
+    assert "illegal memory access" in caplog.text

@@ -20,11 +20,13 @@ from mm_engine import LLM, SamplingParams
 from mm_engine.config import EngineConfig, Shard
 from mm_engine.errors import EngineDead, PluginError, StartupError
 from mm_engine.models.weights import weight_targets
+from mm_engine.sequence import ScheduledBatch, ScheduledSequence
 from mm_engine.worker import rank_wire, ranks
 from mm_engine.worker.loader import load_model, open_model
 from mm_engine.worker.model_runner import ModelRunner
 from mm_engine.worker.ranks import Ranks
 from poisoned import POISON
+from sequences import make_sequence
 from serving import wait_until
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
@@ -300,3 +302,44 @@ def test_a_rank_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     parent.stdout.close()
     wait_until(lambda: is_gone(pid), "the rank to be gone")
     wait_until(lambda: not folder.exists(), "its folder to be gone")
+
+
+def test_what_fails_between_two_steps_in_one_rank_is_not_forgotten(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody answers such a message, and steps that go well come after it."""
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.5)
+    llm = start(llava)
+    ranks_of(llm).send(rank_wire.Clean([10**9]))
+
+    def answer_for_a_while() -> None:
+        for _ in range(200):
+            answer(llm)
+            time.sleep(0.05)
+
+    with pytest.raises(EngineDead, match=r"rank 1 failed where others didn't \(IndexError\)"):
+        answer_for_a_while()
+
+
+def test_a_step_whose_result_comes_after_a_rank_has_gone_is_no_result(llava: Path) -> None:
+    """What the others summed up without it would pass for tokens."""
+    llm = start(llava)
+    runner: Any = llm.engine.runner
+    sequence = make_sequence((1, 9, 20), temperature=0.0)
+    sequence.block_table = [0]
+    share = ScheduledSequence(sequence, 3)
+    launched = runner._runner.launch(ScheduledBatch((share,)))
+    assert launched.result().tokens[0].token_id is not None
+    launched = runner._runner.launch(ScheduledBatch((share,)))
+    os.kill(ranks_of(llm).pids[0], signal.SIGKILL)
+
+    def is_noticed() -> bool:
+        try:
+            ranks_of(llm).check()
+        except EngineDead:
+            return True
+        return False
+
+    wait_until(is_noticed, "the rank's end to be noticed")
+    with pytest.raises(EngineDead, match="rank 1 ended"):
+        launched.result()

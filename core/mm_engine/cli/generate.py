@@ -58,7 +58,10 @@ def generate(
     chat_template: options.ChatTemplate = None,
     plugin: options.Plugins = None,
     seed: options.Seed = 0,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = 2048,
     kv_cache_memory: options.KVCacheMemory = None,
+    memory_utilization: options.MemoryUtilization = 0.9,
+    enforce_eager: options.EnforceEager = False,
     kv_cache_dtype: options.KVCacheDtype = "auto",
 ) -> None:
     """Ask a model one question and print its answer as it comes.
@@ -81,7 +84,11 @@ def generate(
         tensor_parallel_size=tensor_parallel_size,
         quantization=quantization,
         max_model_len=max_model_len,
+        max_num_seqs=1,
+        max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_memory=kv_cache_memory,
+        memory_utilization=memory_utilization,
+        enforce_eager=enforce_eager,
         kv_cache_dtype=kv_cache_dtype,
         seed=seed,
         load_format=load_format,

@@ -131,8 +131,9 @@ class PackedInt8(Int8):
         return out
 
     def has_kernel(self, dtype: torch.dtype) -> bool:
-        """On CPUs PyTorch has vector code for bfloat16 only."""
-        return self.device.type == "cuda" or dtype == torch.bfloat16
+        """On CPUs PyTorch has vector code for bfloat16; on a card it has a plain loop, which is
+        slower than widening the weight."""
+        return self.device.type == "cpu" and dtype == torch.bfloat16
 
 
 class Int4:

@@ -5,6 +5,7 @@ All ranks capture the same graphs, in the same order, or none does.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 
@@ -95,6 +96,7 @@ class GraphCapture:
     def _give_up(self, size: int, error: CaptureFailed) -> None:
         """Go on without graphs, if it isn't for want of memory."""
         self._runner.drop_graphs()
+        gc.collect()  # frames of the exception hold the graphs, and they their memory
         if error.no_memory:
             raise StartupError(
                 f"CUDA graphs don't fit in memory: the one for {size} sequences ({error}). Lower "

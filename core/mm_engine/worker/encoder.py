@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mm_engine.errors import MMEngineError
-from mm_engine.models.weights import device_is_lost
+from mm_engine.models.weights import device_is_lost, does_not_fit
 from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.plugins.plugin import Plugin
 from mm_engine.request import Item
 from mm_engine.worker.sliced_call import SlicedCall
+from mm_engine.worker.transfers import move
 
 
 class Encoder:
@@ -142,7 +143,7 @@ class Encoder:
                     method, embed, lambda: self._finished(embed(**tensors))
                 )
         except BaseException as error:  # SystemExit too: a plugin doesn't end the engine
-            if may_be_the_users(error) or device_is_lost(error):
+            if may_be_the_users(error) or does_not_fit(error) or device_is_lost(error):
                 raise
             raise self.plugin.blame(method, f"raised {one_line(error)}", error) from error
         if isinstance(features, Tensor):
@@ -156,6 +157,13 @@ class Encoder:
         checked = [
             self._check(method, item, rows) for item, rows in zip(items, features, strict=True)
         ]
+        # One question for all: each waits for the device.
+        finite = torch.stack([rows.isfinite().all() for rows in checked]).tolist()
+        if not all(finite):
+            what = _name_of(items[finite.index(False)])
+            raise self.plugin.blame(
+                method, f"expected finite features for {what}, got NaN or infinity"
+            )
         for item, rows in zip(items, checked, strict=True):
             # A copy: a view of the batch's features would keep all of them in memory, and what
             # a model returns it may write to again.
@@ -166,8 +174,8 @@ class Encoder:
         """The items' tensors of one name, as copies: other requests may bring the same ones."""
         tensors = batch([item.tensors[name] for item in items])
         if isinstance(tensors, Tensor):  # stacked, so they are copies
-            return tensors.to(self.device)
-        return [tensor.to(self.device, copy=True) for tensor in tensors]
+            return move(tensors, self.device)
+        return [move(tensor.clone(), self.device) for tensor in tensors]
 
     def _finished(self, features: Any) -> Any:
         """Wait for the device if the call is timed: launching work isn't doing it."""
@@ -177,7 +185,7 @@ class Encoder:
 
     def _check(self, method: str, item: Item, rows: Any) -> Tensor:
         wanted = [item.placeholder.length, self.hidden_size]
-        what = f"{item.modality} {item.placeholder.item}"
+        what = _name_of(item)
         if not isinstance(rows, Tensor):
             raise self.plugin.blame(method, f"expected a tensor for {what}, got {kind_of(rows)}")
         if rows.layout != torch.strided:
@@ -198,11 +206,12 @@ class Encoder:
             raise self.plugin.blame(
                 method, f"expected device {self.device} for {what}, got {rows.device}"
             )
-        if not bool(torch.isfinite(rows).all()):
-            raise self.plugin.blame(
-                method, f"expected finite features for {what}, got NaN or infinity"
-            )
         return rows
+
+
+def _name_of(item: Item) -> str:
+    """As messages name it."""
+    return f"{item.modality} {item.placeholder.item}"
 
 
 def _forget_frames(error: BaseException | None) -> None:

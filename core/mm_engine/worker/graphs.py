@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -87,6 +88,8 @@ class CudaRecorder:
                 function()
         except BaseException:
             torch.cuda.set_stream(outside)  # a capture that fails leaves its own in force
+            with suppress(RuntimeError):  # and before torch 2.13 the allocator capturing
+                torch._C._cuda_endAllocateToPool(outside.device_index, self._pool)
             raise
         replay: Callable[[], None] = graph.replay
         return replay

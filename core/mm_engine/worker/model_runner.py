@@ -83,6 +83,7 @@ class ModelRunner(ModelShard):
 
     def close(self) -> None:
         """End the other ranks."""
+        self.graphs = None  # NCCL waits for graphs that hold its calls
         if self.ranks is not None:
             self.ranks.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class RankGroup:
         shared = dist.FileStore(str(store), size)
         self._backend: Any
         if device.type == "cuda":
+            # NCCL's own watchdog would end the process without a word when `abort` lets go.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = limit
             self._backend = dist.ProcessGroupNCCL(shared, rank, size, options)

@@ -17,6 +17,13 @@ def to_device(values: Any, device: torch.device, dtype: torch.dtype = torch.int6
     return tensor.to(device, non_blocking=True)
 
 
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; nothing waits for what the device is doing."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def fill(target: Tensor, values: Any) -> None:
     """Write a (nested) list to `target`; nothing waits for what the device is doing."""
     tensor = torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda)
