@@ -15,7 +15,8 @@ from wrong_plugins import RIGHT, WRONG_PLUGINS, edited
 
 
 def test_plugin_that_passes_exits_with_0() -> None:
-    done = engine("plugins", "check", "mm-llava", "--only", "hooks-fit", "--only", "mapper-keys")
+    only = ("--only", "hooks-fit", "--only", "mapper-keys")
+    done = engine("plugins", "check", "mm-llava", *only, fresh=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "mm-llava 0.1.0 · LlavaForConditionalGeneration"
@@ -90,7 +91,8 @@ def test_mapper_that_computes_for_ever_does_not_abort_the_command(tmp_path: Path
         "    while True: a = torch.randn(512, 512); (a @ a).softmax(0)\n"
         "@hookimpl\ndef register_input_mapper(ctx, register): register('image', loop)\n"
     )
-    done = engine("plugins", "check", str(file), "-m", "llava-demo", "--only", "mapper-keys")
+    arguments = ("check", str(file), "-m", "llava-demo", "--only", "mapper-keys")
+    done = engine("plugins", *arguments, fresh=True)  # it is about an interpreter's end
     assert done.returncode == 1, done.stderr
     assert "took longer than 10 s" in done.stdout
     assert "terminate called" not in done.stderr
