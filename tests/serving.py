@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 from openai import OpenAI
 
+import forking
 from mm_engine.plugins.discovery import demos
 
 ENGINE = str(Path(sys.executable).with_name("engine"))
@@ -65,7 +66,7 @@ class ServerProcess:
 
     `folder` takes its output, and its temporary files under `tmp`. With `settings` (fields of
     `ServerSettings`) it serves the demo without the command line. `program` is another `engine`
-    than this environment's.
+    than this environment's. A `fresh` one is started as a user does, others are forked.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class ServerProcess:
         env: dict[str, str] | None = None,
         settings: dict[str, Any] | None = None,
         program: Sequence[str] = (ENGINE,),
+        fresh: bool = False,
     ) -> None:
         self.tmp = folder / "tmp"
         self.tmp.mkdir()
@@ -84,8 +86,9 @@ class ServerProcess:
             script = folder / "script.py"
             script.write_text(WITH_SETTINGS.format(model=min(demos()), settings=settings))
             command = [sys.executable, str(script)]
+        popen = subprocess.Popen if fresh or program != (ENGINE,) else forking.Popen
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
+            self.process: subprocess.Popen[Any] = popen(
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,

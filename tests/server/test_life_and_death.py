@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+import forking
 from serving import ENGINE, ServerProcess, environment, sse_events, wait_until
 
 LONG = {"prompt": "circle", "ignore_eos": True, "stream": True}
@@ -20,7 +21,7 @@ LONG = {"prompt": "circle", "ignore_eos": True, "stream": True}
 
 def test_sigterm_lets_streams_finish_and_leaves_nothing(tmp_path: Path) -> None:
     with (
-        ServerProcess(tmp_path, "--kv-cache-memory", "64MiB") as server,
+        ServerProcess(tmp_path, "--kv-cache-memory", "64MiB", fresh=True) as server,
         httpx.Client(base_url=server.url, timeout=30) as idle,
     ):
         assert idle.get("/health").status_code == 200  # keeps its connection
@@ -47,7 +48,7 @@ def test_sigterm_lets_streams_finish_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_it_with_0(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path, "--kv-cache-memory", "64MiB") as server:
+    with ServerProcess(tmp_path, "--kv-cache-memory", "64MiB", fresh=True) as server:
         for pid in (*server.children, server.process.pid):  # as a terminal does, to the group
             os.kill(pid, signal.SIGINT)
         assert server.process.wait(60) == 0
@@ -98,14 +99,7 @@ def test_when_the_engine_is_killed_clients_and_health_are_told(tmp_path: Path) -
 
 
 def run(*arguments: str, tmp: Path, seconds: float = 60) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [ENGINE, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        env=environment(tmp),
-        check=False,
-    )
+    return forking.run([ENGINE, *arguments], timeout=seconds, env=environment(tmp))
 
 
 def check_refusal(done: subprocess.CompletedProcess[str], *parts: str, tmp: Path) -> None:
