@@ -20,16 +20,16 @@ def test_entry_points_that_cannot_be_parsed_harm_nobody_else(tmp_path: Path, poi
     """Python reads all distributions' entry points at once, when torch is imported too."""
     info = write_distribution(tmp_path, "some-other")
     (info / "entry_points.txt").write_bytes(points)
-    done = engine("plugins", "doctor", "--json", path=[tmp_path])
+    done = engine("plugins", "doctor", "--json", path=[tmp_path], fresh=True)
     assert (done.returncode, done.stderr) == (1, "")
     (found,) = json.loads(done.stdout)["findings"]
     assert found["kind"] == "damaged-metadata"
     assert "entry_points.txt can't be parsed" in found["problem"]
     assert found["cure"] == "pip install --force-reinstall --no-deps some-other"
-    done = engine("plugins", "list", "--json", path=[tmp_path])
+    done = engine("plugins", "list", "--json", path=[tmp_path], fresh=True)
     assert {row["state"] for row in json.loads(done.stdout)} == {"ok"}
     assert done.stderr.startswith("damaged: some-other 0.1.0 (entry_points.txt can't be parsed ")
-    done = engine("generate", "llava-demo", "--max-tokens", "1", path=[tmp_path])
+    done = engine("generate", "llava-demo", "--max-tokens", "1", path=[tmp_path], fresh=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -41,7 +41,7 @@ def test_time_that_no_clock_takes_is_refused(seconds: str) -> None:
 
 def test_engine_that_cannot_be_probed_is_json_too(tmp_path: Path) -> None:
     (tmp_path / "transformers.py").write_text("raise RuntimeError('no luck')")
-    done = engine("plugins", "list", "--json", path=[tmp_path])
+    done = engine("plugins", "list", "--json", path=[tmp_path], fresh=True)
     assert done.returncode == 1
     assert "mm-engine can't be imported" in json.loads(done.stdout)["error"]
 
