@@ -46,7 +46,7 @@ def run(*command: str | Path, cwd: Path | None = None, path: Path | None = None)
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A project outside of the repository, installed as a wheel; nothing is fetched."""
     folder = tmp_path_factory.mktemp("made")
-    done = engine("plugins", "new", "mm-foo", "--path", str(folder))
+    done = engine("plugins", "new", "mm-foo", "--path", str(folder), fresh=True)
     assert done.returncode == 0, done.stderr
     project, site = folder / "mm-foo", folder / "site"
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target"]
