@@ -51,7 +51,8 @@ class ForkServer:
             return False
         folders = [Path(entry) for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
         files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
-        return self._imported.isdisjoint(file.name.partition(".")[0] for file in files)
+        start = {"sitecustomize", "usercustomize"}  # what is run before anything else
+        return (self._imported | start).isdisjoint(file.name.partition(".")[0] for file in files)
 
     def fork(self, order: dict[str, Any], files: list[int]) -> int:
         """A new child of this process."""

@@ -94,7 +94,7 @@ def test_without_both_a_server_answers_and_its_log_says_why_once(tmp_path: Path)
     env = without("flash_attn", "triton", folder=tmp_path / "site")
     flags = (*FLAGS, "--device", "cpu")
     with (
-        ServerProcess(tmp_path, min(demos()), *flags, env=env) as server,
+        ServerProcess(tmp_path, min(demos()), *flags, env=env, fresh=True) as server,
         server.client() as client,
     ):
         answer = client.completions.create(model="demo", prompt="Hello", max_tokens=3)
