@@ -27,6 +27,7 @@ from mm_engine.models.quantization import decoder_linears
 from mm_engine.plugins.discovery import default_model
 from mm_engine.sequence import SampledToken
 from mm_engine.sequence import Sequence as EngineSequence
+from mm_engine.worker.verification import Verified
 from record import begin, write
 
 FIRST_SEED = 3_000_000_000  # of pictures that no training has seen
@@ -96,17 +97,17 @@ def run(llm: LLM, questions: Sequence[Question], said: list[list[int]] | None) -
     num_right = sum(output.outputs[0].text == question.truth for output, question in pairs)
     rows: dict[tuple[int, int], Tensor] = {}
 
-    def sample(logits: Tensor, sequences: Sequence[EngineSequence]) -> list[SampledToken]:
+    def launch(logits: Tensor, sequences: Sequence[EngineSequence]) -> Verified:
         taken = []
         for row, sequence in zip(logits, sequences, strict=True):
             index, place = sequence.request.sampling_params.seed, sequence.num_output_tokens
             assert index is not None
             rows[index, place] = row.float()
             taken.append(SampledToken(int(row.argmax()) if said is None else said[index][place]))
-        return taken
+        return Verified(torch.tensor([token.token_id for token in taken]), taken)
 
     runner: Any = llm.engine.runner
-    runner._runner.sampler.sample = sample
+    runner._runner.sampler.launch = launch
     # The seed, which greedy answers don't need, says whose answer it is.
     many = [
         SamplingParams(temperature=0.0, max_tokens=NUM_COMPARED, seed=i, ignore_eos=True)

@@ -16,7 +16,8 @@ import torch
 
 from checkpoints import BACKBONES, TOWERS, make_llava, make_llava_next
 from mm_engine import LLM, SamplingParams
-from mm_engine.sequence import SampledToken, Sequence
+from mm_engine.sequence import Sequence
+from mm_engine.worker.sampler import Sampled
 from parity import Case, Oracle, picture
 
 RMS_TOLERANCE = 0.025  # measured: up to 0.016
@@ -31,16 +32,16 @@ CASES = (
 def logits_of(llm: LLM, case: Case, num_tokens: int) -> tuple[list[int], torch.Tensor]:
     """The engine's greedy answer and the logits `[num_tokens, vocab]` that it was taken from."""
     sampler = llm.engine.runner._runner.sampler  # type: ignore[attr-defined]
-    sample, seen = type(sampler).sample, []
+    launch, seen = type(sampler).launch, []
 
-    def watched(logits: torch.Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+    def watched(logits: torch.Tensor, sequences: list[Sequence]) -> Sampled:
         seen.append(logits.float())
-        return sample(sampler, logits, sequences)
+        return launch(sampler, logits, sequences)
 
-    sampler.sample = watched
+    sampler.launch = watched
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
     output = llm.generate(case.as_prompt(), params)[0]
-    del sampler.sample
+    del sampler.launch
     return output.outputs[0].token_ids, torch.cat(seen)
 
 

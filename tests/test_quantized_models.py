@@ -99,7 +99,7 @@ def test_nan_in_an_fp8_cache_is_blamed_and_cleaned_up(tmp_path: Path) -> None:
     for sequence in (sick, well):
         sequence.block_table = [next(blocks) for _ in range(5)]
     shares = (ScheduledSequence(sick, 6), ScheduledSequence(well, 15))
-    results = runner.run(ScheduledBatch(shares))
+    results = runner.run(ScheduledBatch(shares)).tokens
     assert results[0].error is not None and "NaN" in results[0].error.message
     assert results[1].error is None and results[1].token_id is not None
     assert {cache.dtype for pair in runner.kv_caches for cache in pair} == {FP8}

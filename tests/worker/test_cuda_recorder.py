@@ -29,6 +29,7 @@ class FakeCuda:
         class Stream:
             def __init__(self, name: Any = None) -> None:
                 self.name = name if name == "main" else "side"
+                self.device_index = 0
 
             def wait_stream(self, other: Stream) -> None:
                 fake.say(f"{self.name} waits for {other.name}")

@@ -88,7 +88,8 @@ class CudaRecorder:
                 function()
         except BaseException:
             torch.cuda.set_stream(outside)  # a capture that fails leaves its own in force
-            with suppress(RuntimeError):  # and before torch 2.13 the allocator capturing
+            # And before torch 2.13 the allocator capturing. PyTorch has no public name for it.
+            with suppress(RuntimeError, AttributeError):
                 torch._C._cuda_endAllocateToPool(outside.device_index, self._pool)
             raise
         replay: Callable[[], None] = graph.replay
