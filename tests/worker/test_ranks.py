@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from checkpoints import make_llava
-from mm_engine import LLM, SamplingParams
+from mm_engine import LLM, SamplingParams, processes
 from mm_engine.config import EngineConfig, Shard
 from mm_engine.errors import EngineDead, PluginError, StartupError
 from mm_engine.models.weights import weight_targets
@@ -343,3 +343,24 @@ def test_a_step_whose_result_comes_after_a_rank_has_gone_is_no_result(llava: Pat
     wait_until(is_noticed, "the rank's end to be noticed")
     with pytest.raises(EngineDead, match="rank 1 ended"):
         launched.result()
+
+
+def test_a_rank_that_cannot_be_started_leaves_no_folder_and_no_other_rank(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    spawn = ranks.spawn
+
+    def spawn_one(module: str, *arguments: object) -> Any:
+        if started:
+            raise OSError("no process is left")
+        started.append(spawn(module, *arguments))
+        return started[0]
+
+    monkeypatch.setattr(ranks, "spawn", spawn_one)
+    monkeypatch.setattr(processes.tempfile, "tempdir", str(tmp_path))
+    config = EngineConfig(model=str(llava), device="cpu", tensor_parallel_size=4)
+    with pytest.raises(OSError, match="no process is left"):
+        Ranks(config, open_model(config).plugin.record)
+    assert started[0].poll() is not None
+    assert list(tmp_path.iterdir()) == []

@@ -56,20 +56,24 @@ class Ranks:
         # In a file, since a message waits for who is to read it, and a rank may die before that.
         begin = rank_wire.Begin(config, plugin, str(self.store))
         (self._folder / BEGIN).write_bytes(rank_wire.encode(begin))
-        processes = []
-        for rank in range(1, config.tensor_parallel_size):
-            socket = self._context.socket(zmq.PAIR)
-            socket.set_hwm(0)
-            socket.bind(f"ipc://{self._folder / f'commands-{rank}'}")
-            self._sockets.append(socket)
-            level = logging.getLogger("mm_engine").getEffectiveLevel()
-            processes.append(spawn("mm_engine.worker.rank", self._folder, rank, os.getpid(), level))
-        self._watch = _Watch(processes, events)
+        self._num_sent = 1  # messages to each rank, the first one in the file
+        self._watch = _Watch([], events)
         self._end = weakref.finalize(
             self, _end, self._watch, self._sockets, self._context, self._folder
         )
-        self._num_sent = 1  # messages to each rank, the first one in the file
         self._watch.start()
+        level = logging.getLogger("mm_engine").getEffectiveLevel()
+        try:
+            for rank in range(1, config.tensor_parallel_size):
+                socket = self._context.socket(zmq.PAIR)
+                self._sockets.append(socket)
+                socket.set_hwm(0)
+                socket.bind(f"ipc://{self._folder / f'commands-{rank}'}")
+                process = spawn("mm_engine.worker.rank", self._folder, rank, os.getpid(), level)
+                self._watch.processes.append(process)
+        except BaseException:  # the system has no process to give, say
+            self._end()
+            raise
 
     @property
     def pids(self) -> list[int]:
