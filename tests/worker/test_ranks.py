@@ -360,7 +360,8 @@ def test_a_rank_that_cannot_be_started_leaves_no_folder_and_no_other_rank(
     monkeypatch.setattr(ranks, "spawn", spawn_one)
     monkeypatch.setattr(processes.tempfile, "tempdir", str(tmp_path))
     config = EngineConfig(model=str(llava), device="cpu", tensor_parallel_size=4)
-    with pytest.raises(OSError, match="no process is left"):
+    with pytest.raises(OSError, match="no process is left") as raised:
         Ranks(config, open_model(config).plugin.record)
     assert started[0].poll() is not None
     assert list(tmp_path.iterdir()) == []
+    assert raised.tb is not None, "whose frames hold it: nobody waits for them to be let go of"
