@@ -6,6 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
+KERNELS := kernels/pyproject.toml kernels/cmake/CMakeLists.txt $(wildcard kernels/cpp/*)
 
 .PHONY: serve test lint bench docs defects contract venv
 
@@ -35,7 +36,7 @@ defects: $(INSTALLED) ## Put defects into mm-llava-next and record what `engine 
 
 venv: $(INSTALLED)
 
-$(INSTALLED): constraints.txt pyproject.toml kernels/pyproject.toml $(PLUGINS)
+$(INSTALLED): constraints.txt pyproject.toml $(KERNELS) $(PLUGINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt \
 		-e kernels -e ".[dev]" $(patsubst %/pyproject.toml,-e %,$(PLUGINS))

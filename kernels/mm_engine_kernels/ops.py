@@ -17,9 +17,11 @@ from torch import Tensor
 
 from mm_engine_kernels import reference
 
-#: What is tried for each type of device, best first. C++ kernels for the CPU would stand before
-#: the reference in "cpu", and get a function in `LOADERS`.
-PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("triton", "reference")}
+#: What is tried for each type of device, best first.
+PREFERRED: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpp", "reference"),
+    "cuda": ("triton", "reference"),
+}
 
 #: The file in triton/ of each op that has a kernel there.
 TRITON_FILES = {
@@ -33,6 +35,9 @@ TRITON_FILES = {
     "merge_by_position": "merge_by_position",
     "sample": "sample",
 }
+
+#: The file in cpu/ of each op that has a kernel there.
+CPU_FILES: dict[str, str] = {"pack_linear": "linear"}
 
 
 class Unavailable(Exception):
@@ -72,14 +77,35 @@ def _triton(device_type: str) -> tuple[str, SimpleNamespace]:
         raise Unavailable(
             f"triton doesn't run on {device_type}: set TRITON_INTERPRET=1 to test its kernels"
         )
+    return triton.__version__, _from_files("triton", TRITON_FILES)
+
+
+def _cpp(device_type: str) -> tuple[str, SimpleNamespace]:
+    try:
+        from mm_engine_kernels.cpu import extension
+    except ImportError as error:
+        remedy = (
+            "install a wheel of mm-engine-kernels for this platform, or a C++20 compiler and then "
+            "pip install --force-reinstall --no-deps mm-engine-kernels"
+        )
+        raise Unavailable(f"{error}: {remedy}") from error
+    return f"({extension.isa()})", _from_files("cpu", CPU_FILES)
+
+
+def _from_files(folder: str, files: dict[str, str]) -> SimpleNamespace:
+    """The ops of a folder; those that have no file there are the reference's."""
     kernels = SimpleNamespace(**{name: getattr(reference, name) for name in OPS})
-    for name, file in TRITON_FILES.items():
-        module = importlib.import_module(f"mm_engine_kernels.triton.{file}")
+    for name, file in files.items():
+        module = importlib.import_module(f"mm_engine_kernels.{folder}.{file}")
         setattr(kernels, name, getattr(module, name))
-    return triton.__version__, kernels
+    return kernels
 
 
-LOADERS: dict[str, Callable[[str], tuple[str, Any]]] = {"reference": _reference, "triton": _triton}
+LOADERS: dict[str, Callable[[str], tuple[str, Any]]] = {
+    "reference": _reference,
+    "cpp": _cpp,
+    "triton": _triton,
+}
 
 _chosen: dict[str, Chosen] = {}
 
@@ -127,6 +153,12 @@ def chosen(device_type: str) -> Chosen:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`reference.linear`: PyTorch's own everywhere."""
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def pack_linear(weight: Tensor) -> Callable[..., Tensor] | None:
+    """See `reference.pack_linear`."""
+    packed: Callable[..., Tensor] | None = _kernels[weight.device.type].pack_linear(weight)
+    return packed
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -234,6 +266,7 @@ def sample(
 
 
 OPS = (
+    "pack_linear",
     "rms_norm",
     "add_rms_norm",
     "rotary",

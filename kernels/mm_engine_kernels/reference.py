@@ -20,6 +20,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def pack_linear(weight: Tensor) -> None:
+    """The weight `[N, K]` of a linear layer, laid out for the device; None: it stays as it is.
+
+    What comes back is called as `packed(x, bias, residual)`, which is `linear` plus `residual`.
+    """
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, computed in float32 (arXiv:1910.07467)."""
     wide = x.float()

@@ -1,0 +1,326 @@
+// x [M, K] by a packed weight [N, K]: for few rows at the speed of memory, for many at that of
+// the multipliers.
+//
+// The weight lies in panels of 16 of its rows, which are 16 columns of the result; K is outermost
+// within a panel. In bfloat16 two neighbours in K share 32 bits: what dot-product instructions
+// take, and what is widened to two float32 vectors by a shift and a mask. (See pack.cpp.)
+//
+// The loops are those of Goto and van de Geijn (doi:10.1145/1356052.1356053): a tile of the
+// result is summed over blocks of K, in each of which a panel's block stays in the first cache
+// and the rows' in the second. Rows are packed by strips of MR that lie together by K.
+#include "dot.h"
+#include "thread_pool.h"
+#include "vec.h"
+
+namespace mm::MM_ISA {
+namespace {
+
+constexpr int PANEL = 16;
+constexpr int NV = PANEL / W;  // vectors of a panel's row
+#if defined(__AVX512F__)
+constexpr int MR = 12, NP = 2;  // 24 of 32 registers hold sums
+#elif defined(__AVX2__)
+constexpr int MR = 6, NP = 1;  // 12 of 16
+#elif defined(__aarch64__)
+constexpr int MR = 6, NP = 1;  // 24 of 32
+#else
+constexpr int MR = 2, NP = 1;  // 8 of 16
+#endif
+constexpr int MAX_P = 4;           // panels that a kernel reads side by side
+constexpr int64_t KC = 256;        // of K in a block where there are many rows,
+constexpr int64_t KC_FEW = 512;    // and where there are few
+constexpr int64_t MAX_ROWS = 384;  // packed at once, which bounds the memory that takes
+constexpr int64_t TILE_ROWS = 96 / MR * MR;
+constexpr int64_t TILE_PANELS = 8;
+constexpr int64_t FEW = 2 * MR;    // up to so many rows, widening a panel once doesn't pay
+constexpr int64_t CHUNK = 1 << 16; // bytes of weight that a thread claims where rows are few
+constexpr int64_t ALONE = 1 << 15; // numbers that one thread packs sooner than it wakes another
+
+// How a kernel reads panels. A step takes STEP of K from each, A_STEP numbers of A from each row.
+struct FloatPanel {
+    static constexpr int STEP = 1, A_STEP = 1;
+    using A = float;
+    using B = float;
+    template <int M, int P>
+    MM_INLINE void step(const B* const* b, const A* a, vf (&acc)[M][P * NV]) {
+#pragma GCC unroll 16
+        for (int j = 0; j < P * NV; ++j) {
+            const vf w = load(b[j / NV] + j % NV * W);
+#pragma GCC unroll 16
+            for (int i = 0; i < M; ++i) acc[i][j] += w * a[i];
+        }
+    }
+};
+
+struct WidenedPairs {
+    static constexpr int STEP = 2, A_STEP = 2;
+    using A = float;
+    using B = uint32_t;
+    template <int M, int P>
+    MM_INLINE void step(const B* const* b, const A* a, vf (&acc)[M][P * NV]) {
+#pragma GCC unroll 16
+        for (int j = 0; j < P * NV; ++j) {
+            const vu pair = load_as<vu>(b[j / NV] + j % NV * W);
+            const vf even = (vf)(pair << 16), odd = (vf)(pair & 0xffff0000u);
+#pragma GCC unroll 16
+            for (int i = 0; i < M; ++i) acc[i][j] += even * a[i];
+#pragma GCC unroll 16
+            for (int i = 0; i < M; ++i) acc[i][j] += odd * a[M + i];
+        }
+    }
+};
+
+#if MM_HAS_DOT
+struct DotPairs {
+    static constexpr int STEP = 2, A_STEP = 1;
+    using A = uint32_t;
+    using B = uint32_t;
+    template <int M, int P>
+    MM_INLINE void step(const B* const* b, const A* a, vf (&acc)[M][P * NV]) {
+#pragma GCC unroll 16
+        for (int j = 0; j < P * NV; ++j) {
+            const vu w = load_as<vu>(b[j / NV] + j % NV * W);
+#pragma GCC unroll 16
+            for (int i = 0; i < M; ++i) acc[i][j] = dot(acc[i][j], w, a[i]);
+        }
+    }
+};
+#endif
+
+// Adds the product of M rows and P panels over `steps` steps to `tile` (rows `stride` apart).
+template <class Panel, int M, int P>
+void multiply(
+    const typename Panel::A* a, const typename Panel::B* const* panels, int64_t steps,
+    float* tile, int64_t stride) {
+    vf acc[M][P * NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < P * NV; ++j) acc[i][j] = load(tile + i * stride + j * W);
+    const typename Panel::B* b[P];
+    for (int p = 0; p < P; ++p) b[p] = panels[p];
+    for (int64_t s = 0; s < steps; ++s) {
+        for (int p = 0; p < P; ++p) __builtin_prefetch(b[p] + 16 * PANEL);
+        Panel::template step<M, P>(b, a, acc);
+        for (int p = 0; p < P; ++p) b[p] += PANEL;
+        a += M * Panel::A_STEP;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < P * NV; ++j) store(tile + i * stride + j * W, acc[i][j]);
+}
+
+template <class Panel, int P, int M = MR>
+MM_INLINE void multiply_rows(
+    int64_t m, const typename Panel::A* a, const typename Panel::B* const* panels, int64_t steps,
+    float* tile, int64_t stride) {
+    if constexpr (M > 1 && M * P > MR * NP) {  // more sums than there are registers: not asked for
+        multiply_rows<Panel, P, M - 1>(m, a, panels, steps, tile, stride);
+    } else if constexpr (M == 1) {
+        multiply<Panel, 1, P>(a, panels, steps, tile, stride);
+    } else if (m == M) {
+        multiply<Panel, M, P>(a, panels, steps, tile, stride);
+    } else {
+        multiply_rows<Panel, P, M - 1>(m, a, panels, steps, tile, stride);
+    }
+}
+
+// The same for `count` panels; those that `P` and its halves leave over are read one by one.
+template <class Panel>
+MM_INLINE void multiply_panels(
+    int count, int64_t m, const typename Panel::A* a, const typename Panel::B* const* panels,
+    int64_t steps, float* tile, int64_t stride) {
+    if (count == 4) {
+        multiply_rows<Panel, 4>(m, a, panels, steps, tile, stride);
+    } else if (count == 2) {
+        multiply_rows<Panel, 2>(m, a, panels, steps, tile, stride);
+    } else {
+        multiply_rows<Panel, 1>(m, a, panels, steps, tile, stride);
+    }
+}
+
+// The largest count of panels, up to what is left, whose sums fit the registers with m rows.
+MM_INLINE int panels_at_once(int64_t m, int64_t left) {
+    for (int count = MAX_P; count > 1; count /= 2)
+        if (count <= left && m * count <= MR * NP) return count;
+    return 1;
+}
+
+// Rows of A, by blocks of `kc` of K, therein by strips of MR rows, therein by K.
+template <class T>
+MM_INLINE void pack_strip(
+    const T* x, int64_t stride, int64_t m, int64_t from, int64_t to, int64_t even_to, float* out) {
+    for (int64_t k = from; k < to; ++k)
+        for (int64_t i = 0; i < m; ++i) *out++ = widen(x[i * stride + k]);
+    for (int64_t i = 0; i < (even_to - to) * m; ++i) *out++ = 0;
+}
+
+MM_INLINE void pack_strip(
+    const bf16* x, int64_t stride, int64_t m, int64_t from, int64_t to, int64_t, uint32_t* out) {
+    for (int64_t k = from; k < to; k += 2)
+        for (int64_t i = 0; i < m; ++i) {
+            const uint32_t high = k + 1 < to ? x[i * stride + k + 1].bits : 0;
+            *out++ = high << 16 | x[i * stride + k].bits;
+        }
+}
+
+template <class T>
+void finish_tile(
+    const LinearArgs& args, const float* tile, int64_t tile_stride, int64_t row, int64_t rows,
+    int64_t column, int64_t columns) {
+    const T* bias = static_cast<const T*>(args.bias);
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t at = (row + i) * args.out_stride + column;
+        const float* sums = tile + i * tile_stride;
+        T* out = static_cast<T*>(args.out) + at;
+        const T* residual = static_cast<const T*>(args.residual);
+        if (residual != nullptr) residual += at;
+        int64_t j = 0;
+        for (; j + W <= columns; j += W) {
+            vf v = load(sums + j);
+            if (bias != nullptr) v += load(bias + column + j);
+            if (residual != nullptr) v += load(residual + j);
+            store(out + j, v);
+        }
+        for (; j < columns; ++j) {
+            float v = sums[j];
+            if (bias != nullptr) v += widen(bias[column + j]);
+            if (residual != nullptr) v += widen(residual[j]);
+            narrow(v, out + j);
+        }
+    }
+}
+
+// Panel: how the packed weight is read. Wide: how it is read once a block was widened, or Panel.
+template <class T, class Panel>
+void run(const LinearArgs& args) {
+    using A = typename Panel::A;
+    using B = typename Panel::B;
+    constexpr bool WIDENS = !__is_same(A, uint32_t) && Panel::STEP == 2;
+    const int64_t k = ceil_div(args.k, Panel::STEP) * Panel::STEP;
+    const int64_t panel_size = k / Panel::STEP * PANEL;
+    const int64_t panels = ceil_div(args.n, PANEL);
+    const B* packed = static_cast<const B*>(args.packed);
+
+    for (int64_t first_row = 0; first_row < args.m; first_row += MAX_ROWS) {
+        const int64_t rows = min(args.m - first_row, MAX_ROWS);
+        const bool few = rows <= FEW;
+        const int64_t kc = few ? KC_FEW : KC;
+        const int64_t strips = ceil_div(rows, MR);
+        const int64_t per_k = Panel::STEP / Panel::A_STEP;  // of K in one number of A
+        A* a = static_cast<A*>(scratch(0, sizeof(A) * (rows * k / per_k + 1)));
+        const T* x = static_cast<const T*>(args.x) + first_row * args.x_stride;
+
+        auto pack = [&](int64_t strip) {
+            const int64_t m = min(MR, rows - strip * MR);
+            for (int64_t from = 0; from < k; from += kc) {
+                const int64_t even_to = min(from + kc, k), to = min(even_to, args.k);
+                A* out = a + (rows * from + strip * MR * (even_to - from)) / per_k;
+                pack_strip(x + strip * MR * args.x_stride, args.x_stride, m, from, to, even_to, out);
+            }
+        };
+        if (rows * k <= ALONE) {
+            for (int64_t strip = 0; strip < strips; ++strip) pack(strip);
+        } else {
+            parallel(strips, pack);
+        }
+
+        const int64_t tile_rows = few ? rows : TILE_ROWS;
+        const int64_t row_tiles = ceil_div(rows, tile_rows);
+        const int at_once = panels_at_once(min(rows, MR), panels);
+        int64_t tile_panels = TILE_PANELS;
+        if (few) {
+            const int64_t bytes = panel_size * static_cast<int64_t>(sizeof(B));
+            tile_panels = CHUNK / (bytes + 1) / at_once * at_once;
+            if (tile_panels < at_once) tile_panels = at_once;
+            if (tile_panels > 64) tile_panels = 64;
+        }
+        const int64_t panel_tiles = ceil_div(panels, tile_panels);
+
+        parallel(row_tiles * panel_tiles, [&](int64_t index) {
+            const int64_t row = index % row_tiles * tile_rows;
+            const int64_t first_panel = index / row_tiles * tile_panels;
+            const int64_t num_rows = min(rows - row, tile_rows);
+            const int64_t num_panels = min(panels - first_panel, tile_panels);
+            const int64_t width = num_panels * PANEL;
+            float* tile = static_cast<float*>(scratch(1, sizeof(float) * num_rows * width));
+            __builtin_memset(tile, 0, sizeof(float) * num_rows * width);
+
+            auto multiply_block = [&](int64_t from, int64_t p, int count) {
+                const int64_t length = min(kc, k - from);
+                const B* b[MAX_P];
+                for (int q = 0; q < count; ++q)
+                    b[q] = packed + (first_panel + p + q) * panel_size +
+                           from / Panel::STEP * PANEL;
+                const A* block = a + (rows * from) / per_k;
+                float* at = tile + p * PANEL;
+                if constexpr (WIDENS) {
+                    if (!few) {
+                        const float* wide[MAX_P];
+                        float* buffer = static_cast<float*>(
+                            scratch(2, sizeof(float) * MAX_P * KC * PANEL));
+                        for (int q = 0; q < count; ++q) {
+                            float* out = buffer + q * KC * PANEL;
+                            wide[q] = out;
+                            for (int64_t s = 0; s < length / 2; ++s, out += 2 * PANEL)
+                                for (int j = 0; j < PANEL; j += W) {
+                                    const vu pair = load_as<vu>(b[q] + s * PANEL + j);
+                                    store(out + j, (vf)(pair << 16));
+                                    store(out + PANEL + j, (vf)(pair & 0xffff0000u));
+                                }
+                        }
+                        for (int64_t i = 0; i < num_rows; i += MR) {
+                            const int64_t m = min(MR, num_rows - i);
+                            multiply_panels<FloatPanel>(
+                                count, m, block + (row + i) * length, wide, length,
+                                at + i * width, width);
+                        }
+                        return;
+                    }
+                }
+                for (int64_t i = 0; i < num_rows; i += MR) {
+                    const int64_t m = min(MR, num_rows - i);
+                    multiply_panels<Panel>(
+                        count, m, block + (row + i) * length / per_k, b, length / Panel::STEP,
+                        at + i * width, width);
+                }
+            };
+
+            if (few) {
+                for (int64_t p = 0; p < num_panels;) {
+                    const int count = panels_at_once(min(num_rows, MR), num_panels - p);
+                    for (int64_t from = 0; from < k; from += kc) multiply_block(from, p, count);
+                    p += count;
+                }
+            } else {
+                for (int64_t from = 0; from < k; from += kc)
+                    for (int64_t p = 0; p < num_panels;) {
+                        const int count = panels_at_once(min(num_rows, MR), num_panels - p);
+                        multiply_block(from, p, count);
+                        p += count;
+                    }
+            }
+            const int64_t column = first_panel * PANEL;
+            finish_tile<T>(
+                args, tile, width, first_row + row, num_rows, column,
+                min(width, args.n - column));
+        });
+    }
+}
+
+}  // namespace
+
+void linear(const LinearArgs& args) {
+    if (args.dtype == DType::f32) {
+        run<float, FloatPanel>(args);
+        return;
+    }
+#if MM_HAS_DOT
+    run<bf16, DotPairs>(args);
+#else
+    run<bf16, WidenedPairs>(args);
+#endif
+}
+
+}  // namespace mm::MM_ISA

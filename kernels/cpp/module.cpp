@@ -1,0 +1,78 @@
+// What Python sees. Tensors come as addresses: mm_engine_kernels/cpu has checked their shapes,
+// dtypes and layout, and holds them while a call runs.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "ops.h"
+#include "pack.h"
+#include "thread_pool.h"
+
+namespace nb = nanobind;
+using Address = uintptr_t;
+
+namespace {
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Work from which on other Python threads may run meanwhile. Below it they may not: to get the
+// lock back from one that computes takes up to 5 ms, more than a small op itself.
+constexpr int64_t LONG = int64_t{1} << 27;  // multiplications
+
+template <class F>
+void maybe_unlocked(int64_t work, F&& body) {
+    if (work < LONG) {
+        body();
+    } else {
+        nb::gil_scoped_release release;
+        body();
+    }
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    m.doc() = "C++ kernels for the CPU.";
+    m.def("isas", [] {
+        int count;
+        const mm::Isa* all = mm::runnable_isas(&count);
+        std::vector<std::string> names;
+        for (int i = 0; i < count; ++i) names.emplace_back(all[i].name);
+        return names;
+    });
+    m.def("isa", [] { return std::string(mm::isa()); });
+    m.def("use_isa", [](const std::string& name) { return mm::use_isa(name.c_str()); });
+    m.def("num_threads", &mm::num_threads);
+    m.def("set_num_threads", &mm::set_num_threads);
+    m.def("num_asleep", &mm::num_asleep);
+    m.def("packed_size", [](int64_t n, int64_t k, int dtype) {
+        return mm::packed_size(n, k, static_cast<mm::DType>(dtype));
+    });
+    m.def(
+        "pack", [](Address weight, int64_t stride, int64_t n, int64_t k, int dtype, Address out) {
+            nb::gil_scoped_release release;
+            mm::pack(
+                at<const void>(weight), stride, n, k, static_cast<mm::DType>(dtype),
+                at<void>(out));
+        });
+    m.def(
+        "unpack_rows", [](Address packed, int64_t n, int64_t k, int dtype, Address rows,
+                          int64_t count, Address out) {
+            mm::unpack_rows(
+                at<const void>(packed), n, k, static_cast<mm::DType>(dtype),
+                at<const int64_t>(rows), count, at<void>(out));
+        });
+    m.def(
+        "linear", [](Address x, Address packed, Address bias, Address residual, Address out,
+                     int64_t rows, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride,
+                     int dtype) {
+            const mm::LinearArgs args{
+                at<const void>(x), at<const void>(packed), at<const void>(bias),
+                at<const void>(residual), at<void>(out), rows, n, k, x_stride, out_stride,
+                static_cast<mm::DType>(dtype)};
+            maybe_unlocked(rows * n * k, [&] { mm::ops().linear(args); });
+        });
+}

@@ -1,0 +1,40 @@
+// What each op is called with, and the table of them that every instruction set fills.
+#pragma once
+
+#include <cstdint>
+
+namespace mm {
+
+enum class DType : int { f32 = 0, bf16 = 1 };
+
+// out [M, N] = x [M, K] by weight [N, K], which is packed: see pack.cpp. Rows of x and of out lie
+// `x_stride` and `out_stride` numbers apart. bias [N] may be null, as may `residual` [M, N] (rows
+// `out_stride` apart), which is added.
+struct LinearArgs {
+    const void* x;
+    const void* packed;
+    const void* bias;
+    const void* residual;
+    void* out;
+    int64_t m, n, k;
+    int64_t x_stride, out_stride;
+    DType dtype;
+};
+
+struct Ops {
+    void (*linear)(const LinearArgs&);
+};
+
+// The sets that this file was built for, best first, of those that this CPU has.
+struct Isa {
+    const char* name;
+    const Ops* ops;
+};
+const Isa* runnable_isas(int* count);
+
+// The ops of the set in use.
+const Ops& ops();
+const char* isa();
+bool use_isa(const char* name);
+
+}  // namespace mm

@@ -1,0 +1,132 @@
+// Vectors of the instruction set that this file is compiled for, in the compiler's own vector
+// types: the same source serves every set, and the intrinsics stay where no such type reaches.
+//
+// Files that are compiled once for each set take nothing from C++'s library: the linker would
+// merge an inline function of it across sets, and run one set's code on a CPU without it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "ops.h"
+
+#define MM_INLINE static inline __attribute__((always_inline))
+
+namespace mm::MM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;  // floats in a vector
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class T, class P>
+MM_INLINE T load_as(const P* p) {
+    T v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class T, class P>
+MM_INLINE void store_as(P* p, T v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+
+MM_INLINE vf splat(float x) { return x - vf{}; }
+
+MM_INLINE float widen(bf16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float f;
+    __builtin_memcpy(&f, &bits, 4);
+    return f;
+}
+MM_INLINE float widen(float x) { return x; }
+
+// To the nearest, ties to even; NaN stays NaN.
+MM_INLINE void narrow(float x, bf16* out) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    if (x != x) {
+        out->bits = static_cast<uint16_t>(bits >> 16 | 0x40);
+    } else {
+        out->bits = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
+MM_INLINE void narrow(float x, float* out) { *out = x; }
+
+MM_INLINE vf load(const float* p) { return load_as<vf>(p); }
+MM_INLINE vf load(const bf16* p) {
+    return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
+}
+MM_INLINE void store(float* p, vf v) { store_as(p, v); }
+MM_INLINE void store(bf16* p, vf v) {
+    const vu bits = (vu)v;
+    const vu rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const vu quiet = bits >> 16 | 0x40;
+    const vu is_nan = (vu)(v != v);
+    store_as(p, __builtin_convertvector((quiet & is_nan) | (rounded & ~is_nan), vh));
+}
+
+MM_INLINE vf select(vi mask, vf yes, vf no) {
+    return (vf)(((vi)yes & mask) | ((vi)no & ~mask));
+}
+MM_INLINE vf max(vf a, vf b) { return select(a > b, a, b); }  // b where one is NaN
+MM_INLINE float max(float a, float b) { return a > b ? a : b; }
+MM_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+MM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+MM_INLINE float sum(vf v) {
+    float parts[W];
+    store(parts, v);
+    for (int width = W / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+    return parts[0];
+}
+MM_INLINE float largest(vf v) {
+    float parts[W];
+    store(parts, v);
+    for (int width = W / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) parts[i] = max(parts[i + width], parts[i]);
+    return parts[0];
+}
+
+// e^x to within 2 units in the last place: 2^n * 2^f with |f| <= 1/2, the second by the Taylor
+// series of e^(f ln 2) (its error at 1/2 is 1e-8). 0 below -87.3, infinity above 88.7, NaN stays.
+MM_INLINE vf exp(vf x) {
+    const vf scaled = x * 1.44269504088896341f;
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const vf clipped = max(select(scaled > 128.0f, splat(128.0f), scaled), splat(-126.0f));
+    const vf shifted = clipped + magic;
+    const vf n = shifted - magic;
+    // x - n ln 2 in two steps: ln 2's upper bits times n are exact.
+    const vf r = (x - n * 0.693145751953125f) - n * 1.42860677e-6f;
+    vf p = splat(1.0f / 5040.0f);
+    p = p * r + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    // 2^n in two factors: n = 128 is beyond what one float's exponent holds.
+    const vi whole = (vi)shifted - (vi)magic;
+    const vi half = whole >> 1;
+    const vf low = (vf)((half + 127) << 23), high = (vf)((whole - half + 127) << 23);
+    vf result = p * low * high;
+    result = select(x < -87.33654f, vf{}, result);
+    result = select(x > 88.72283f, splat(__builtin_inff()), result);
+    return select(x != x, x, result);
+}
+
+}  // namespace mm::MM_ISA

@@ -1,0 +1,1 @@
+"""C++ kernels for the CPU, one op a file; `extension` loads what they call."""
