@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from mm_engine_kernels import ops
 
 # A shell's background jobs ignore Ctrl-C, and their children do; some tests are about it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,8 +35,25 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--tensor-parallel-size 2` runs every engine of the tests as so many processes."""
+    """`--tensor-parallel-size 2` runs every engine of the tests as so many processes, and
+    `--reference-kernels` as if the C++ ones weren't built."""
     parser.addoption("--tensor-parallel-size", type=int, default=1, metavar="N")
+    parser.addoption("--reference-kernels", action="store_true")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What `--reference-kernels` asks for, before anything asks which there are."""
+    if config.getoption("--reference-kernels"):
+        ops.use("cpu", "reference")
+
+
+@pytest.fixture
+def reference_kernels() -> Iterator[None]:
+    """Kernels as if the C++ ones weren't built: weights stay as they were loaded."""
+    before = ops.chosen("cpu").name
+    ops.use("cpu", "reference")
+    yield
+    ops.use("cpu", before)
 
 
 @pytest.fixture(scope="session")

@@ -7,20 +7,19 @@
 #include <immintrin.h>
 #define MM_HAS_DOT 1
 namespace mm::MM_ISA {
-// acc + the products of each pair of `w` with the one pair `a`. Subnormals count as zero.
-MM_INLINE vf dot(vf acc, vu w, uint32_t a) {
-    const __m512i pair = _mm512_set1_epi32(static_cast<int>(a));
-    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)pair);
+// acc + the products of each pair of `w` with that of `a`. Subnormals count as zero.
+MM_INLINE vf dot(vf acc, vu w, vu a) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)a);
 }
 }  // namespace mm::MM_ISA
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #include <arm_neon.h>
 #define MM_HAS_DOT 1
 namespace mm::MM_ISA {
-MM_INLINE vf dot(vf acc, vu w, uint32_t a) {
-    const uint32x4_t pair = vdupq_n_u32(a);
+MM_INLINE vf dot(vf acc, vu w, vu a) {
     return (vf)vbfdotq_f32(
-        (float32x4_t)acc, vreinterpretq_bf16_u32((uint32x4_t)w), vreinterpretq_bf16_u32(pair));
+        (float32x4_t)acc, vreinterpretq_bf16_u32((uint32x4_t)w),
+        vreinterpretq_bf16_u32((uint32x4_t)a));
 }
 }  // namespace mm::MM_ISA
 #else

@@ -30,24 +30,32 @@ constexpr int MAX_P = 4;           // panels that a kernel reads side by side
 constexpr int64_t KC = 256;        // of K in a block where there are many rows,
 constexpr int64_t KC_FEW = 512;    // and where there are few
 constexpr int64_t MAX_ROWS = 384;  // packed at once, which bounds the memory that takes
-constexpr int64_t TILE_ROWS = 96 / MR * MR;
+constexpr int64_t TILE_ROWS = 96;
 constexpr int64_t TILE_PANELS = 8;
 constexpr int64_t FEW = 2 * MR;    // up to so many rows, widening a panel once doesn't pay
 constexpr int64_t CHUNK = 1 << 16; // bytes of weight that a thread claims where rows are few
 constexpr int64_t ALONE = 1 << 15; // numbers that one thread packs sooner than it wakes another
 
 // How a kernel reads panels. A step takes STEP of K from each, A_STEP numbers of A from each row.
+// A number of A is used up before the next is loaded: no more registers are taken than there are.
 struct FloatPanel {
     static constexpr int STEP = 1, A_STEP = 1;
     using A = float;
     using B = float;
     template <int M, int P>
     MM_INLINE void step(const B* const* b, const A* a, vf (&acc)[M][P * NV]) {
+        vf w[P * NV];
 #pragma GCC unroll 16
-        for (int j = 0; j < P * NV; ++j) {
-            const vf w = load(b[j / NV] + j % NV * W);
+        for (int j = 0; j < P * NV; ++j) w[j] = load(b[j / NV] + j % NV * W);
+        add_products<M, P>(w, a, acc);
+    }
+    template <int M, int P>
+    MM_INLINE void add_products(const vf (&w)[P * NV], const A* a, vf (&acc)[M][P * NV]) {
 #pragma GCC unroll 16
-            for (int i = 0; i < M; ++i) acc[i][j] += w * a[i];
+        for (int i = 0; i < M; ++i) {
+            const vf row = splat(a[i]);
+#pragma GCC unroll 16
+            for (int j = 0; j < P * NV; ++j) acc[i][j] += w[j] * row;
         }
     }
 };
@@ -58,15 +66,15 @@ struct WidenedPairs {
     using B = uint32_t;
     template <int M, int P>
     MM_INLINE void step(const B* const* b, const A* a, vf (&acc)[M][P * NV]) {
+        vf w[P * NV];
 #pragma GCC unroll 16
-        for (int j = 0; j < P * NV; ++j) {
-            const vu pair = load_as<vu>(b[j / NV] + j % NV * W);
-            const vf even = (vf)(pair << 16), odd = (vf)(pair & 0xffff0000u);
+        for (int j = 0; j < P * NV; ++j)
+            w[j] = (vf)(load_as<vu>(b[j / NV] + j % NV * W) << 16);
+        FloatPanel::add_products<M, P>(w, a, acc);
 #pragma GCC unroll 16
-            for (int i = 0; i < M; ++i) acc[i][j] += even * a[i];
-#pragma GCC unroll 16
-            for (int i = 0; i < M; ++i) acc[i][j] += odd * a[M + i];
-        }
+        for (int j = 0; j < P * NV; ++j)
+            w[j] = (vf)(load_as<vu>(b[j / NV] + j % NV * W) & 0xffff0000u);
+        FloatPanel::add_products<M, P>(w, a + M, acc);
     }
 };
 
@@ -77,11 +85,14 @@ struct DotPairs {
     using B = uint32_t;
     template <int M, int P>
     MM_INLINE void step(const B* const* b, const A* a, vf (&acc)[M][P * NV]) {
+        vu w[P * NV];
 #pragma GCC unroll 16
-        for (int j = 0; j < P * NV; ++j) {
-            const vu w = load_as<vu>(b[j / NV] + j % NV * W);
+        for (int j = 0; j < P * NV; ++j) w[j] = load_as<vu>(b[j / NV] + j % NV * W);
 #pragma GCC unroll 16
-            for (int i = 0; i < M; ++i) acc[i][j] = dot(acc[i][j], w, a[i]);
+        for (int i = 0; i < M; ++i) {
+            const vu row = vu{} + a[i];
+#pragma GCC unroll 16
+            for (int j = 0; j < P * NV; ++j) acc[i][j] = dot(acc[i][j], w[j], row);
         }
     }
 };
@@ -208,27 +219,29 @@ void run(const LinearArgs& args) {
         const bool few = rows <= FEW;
         const int64_t kc = few ? KC_FEW : KC;
         const int64_t strips = ceil_div(rows, MR);
+        const int64_t height = ceil_div(rows, strips);  // even strips: none is left with one row
         const int64_t per_k = Panel::STEP / Panel::A_STEP;  // of K in one number of A
         A* a = static_cast<A*>(scratch(0, sizeof(A) * (rows * k / per_k + 1)));
         const T* x = static_cast<const T*>(args.x) + first_row * args.x_stride;
 
         auto pack = [&](int64_t strip) {
-            const int64_t m = min(MR, rows - strip * MR);
+            const int64_t m = min(height, rows - strip * height);
             for (int64_t from = 0; from < k; from += kc) {
                 const int64_t even_to = min(from + kc, k), to = min(even_to, args.k);
-                A* out = a + (rows * from + strip * MR * (even_to - from)) / per_k;
-                pack_strip(x + strip * MR * args.x_stride, args.x_stride, m, from, to, even_to, out);
+                A* out = a + (rows * from + strip * height * (even_to - from)) / per_k;
+                pack_strip(
+                    x + strip * height * args.x_stride, args.x_stride, m, from, to, even_to, out);
             }
         };
         if (rows * k <= ALONE) {
-            for (int64_t strip = 0; strip < strips; ++strip) pack(strip);
+            for (int64_t strip = 0; strip * height < rows; ++strip) pack(strip);
         } else {
-            parallel(strips, pack);
+            parallel(ceil_div(rows, height), pack);
         }
 
-        const int64_t tile_rows = few ? rows : TILE_ROWS;
+        const int64_t tile_rows = few ? rows : TILE_ROWS / height * height;
         const int64_t row_tiles = ceil_div(rows, tile_rows);
-        const int at_once = panels_at_once(min(rows, MR), panels);
+        const int at_once = panels_at_once(min(rows, height), panels);
         int64_t tile_panels = TILE_PANELS;
         if (few) {
             const int64_t bytes = panel_size * static_cast<int64_t>(sizeof(B));
@@ -270,8 +283,8 @@ void run(const LinearArgs& args) {
                                     store(out + PANEL + j, (vf)(pair & 0xffff0000u));
                                 }
                         }
-                        for (int64_t i = 0; i < num_rows; i += MR) {
-                            const int64_t m = min(MR, num_rows - i);
+                        for (int64_t i = 0; i < num_rows; i += height) {
+                            const int64_t m = min(height, num_rows - i);
                             multiply_panels<FloatPanel>(
                                 count, m, block + (row + i) * length, wide, length,
                                 at + i * width, width);
@@ -279,8 +292,8 @@ void run(const LinearArgs& args) {
                         return;
                     }
                 }
-                for (int64_t i = 0; i < num_rows; i += MR) {
-                    const int64_t m = min(MR, num_rows - i);
+                for (int64_t i = 0; i < num_rows; i += height) {
+                    const int64_t m = min(height, num_rows - i);
                     multiply_panels<Panel>(
                         count, m, block + (row + i) * length / per_k, b, length / Panel::STEP,
                         at + i * width, width);
@@ -289,14 +302,14 @@ void run(const LinearArgs& args) {
 
             if (few) {
                 for (int64_t p = 0; p < num_panels;) {
-                    const int count = panels_at_once(min(num_rows, MR), num_panels - p);
+                    const int count = panels_at_once(min(num_rows, height), num_panels - p);
                     for (int64_t from = 0; from < k; from += kc) multiply_block(from, p, count);
                     p += count;
                 }
             } else {
                 for (int64_t from = 0; from < k; from += kc)
                     for (int64_t p = 0; p < num_panels;) {
-                        const int count = panels_at_once(min(num_rows, MR), num_panels - p);
+                        const int count = panels_at_once(min(num_rows, height), num_panels - p);
                         multiply_block(from, p, count);
                         p += count;
                     }

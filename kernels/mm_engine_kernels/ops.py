@@ -155,9 +155,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def pack_linear(weight: Tensor) -> Callable[..., Tensor] | None:
+def pack_linear(weight: Tensor) -> reference.Packed | None:
     """See `reference.pack_linear`."""
-    packed: Callable[..., Tensor] | None = _kernels[weight.device.type].pack_linear(weight)
+    packed: reference.Packed | None = _kernels[weight.device.type].pack_linear(weight)
     return packed
 
 

@@ -8,6 +8,7 @@ slot = block * block_size + offset.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +21,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def pack_linear(weight: Tensor) -> None:
-    """The weight `[N, K]` of a linear layer, laid out for the device; None: it stays as it is.
+class Packed(Protocol):
+    """A linear layer's weight, laid out for a device."""
 
-    What comes back is called as `packed(x, bias, residual)`, which is `linear` plus `residual`.
-    """
+    @property
+    def nbytes(self) -> int:
+        """Of memory that it takes."""
+        ...
+
+    def __call__(
+        self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """`linear`, plus `residual`, which is shaped like the result."""
+        ...
+
+
+def pack_linear(weight: Tensor) -> Packed | None:
+    """`weight` `[N, K]`, laid out for the device; None: it has no such layout."""
+    return None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

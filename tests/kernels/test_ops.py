@@ -19,11 +19,27 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_chosen", {})
 
 
-def test_a_cpu_runs_the_reference() -> None:
-    assert ops.chosen("cpu").name == "reference"
-    assert ops.chosen("cpu").why_not == ()
+def test_a_cpu_runs_the_cpp_kernels() -> None:
+    extension = pytest.importorskip("mm_engine_kernels.cpu.extension", exc_type=ImportError)
+    assert ops.chosen("cpu").name == "cpp"
+    assert str(ops.chosen("cpu")) == f"cpp ({extension.isa()})"
+
+
+def test_a_cpu_without_them_runs_the_reference_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "mm_engine_kernels.cpu.extension", raising=False)
+    monkeypatch.delattr("mm_engine_kernels.cpu.extension", raising=False)
+    monkeypatch.setitem(sys.modules, "mm_engine_kernels._cpu", None)
+    monkeypatch.delattr("mm_engine_kernels._cpu", raising=False)
+    chosen = ops.chosen("cpu")
+    assert chosen.name == "reference"
+    (why_not,) = chosen.why_not
+    assert why_not.startswith("the C++ kernels can't be loaded: ")
+    assert "install a wheel of mm-engine-kernels" in why_not
     x = torch.randn(2, 8)
     assert torch.equal(ops.silu_mul(x), reference.silu_mul(x))
+    assert ops.pack_linear(x) is None
 
 
 def test_devices_that_nobody_thought_of_run_the_reference() -> None:

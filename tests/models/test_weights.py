@@ -23,6 +23,8 @@ from mm_engine.worker.loader import load_model, open_model
 
 Weights = dict[str, Tensor]
 Rewrite = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("reference_kernels")  # they leave weights as loaded
+
 PREFIXES = {
     "hub": {
         "lm_head.": "language_model.lm_head.",

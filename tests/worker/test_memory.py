@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -131,7 +132,7 @@ def test_a_models_size_counts_what_is_packed_and_shared_once() -> None:
     model.tied = nn.Linear(4, 2, bias=False)
     model.tied.weight = model.plain.weight
     model.packed = Linear(8, 2)
-    model.packed.packed, model.packed.num_packed = torch.empty(1, dtype=torch.bfloat16), 16
+    model.packed.packed = SimpleNamespace(nbytes=32)
     model.packed.weight = nn.Parameter(torch.empty(0))
     model.quantized = Linear(8, 2)
     model.quantized.quantized = (torch.empty(16, dtype=torch.int8), torch.empty(2))

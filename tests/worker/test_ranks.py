@@ -84,6 +84,7 @@ def answer(llm: LLM, prompt: str = "Hello there") -> list[int]:
     return ids
 
 
+@pytest.mark.usefixtures("reference_kernels")  # they leave weights as loaded
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("backbone", ["llama", "qwen2"])
 def test_each_rank_loads_its_pieces_of_the_weights(

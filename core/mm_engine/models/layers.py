@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from mm_engine_kernels import ops
+from mm_engine_kernels import ops, reference
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -49,17 +49,16 @@ class Linear(nn.Module):
             rows = length_of(out_features)
         self.weight = nn.Parameter(torch.empty(rows, length_of(in_features)), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
-        self.packed: Tensor | None = None
+        self.packed: reference.Packed | None = None
         self.quantizer: LayerQuantizer | None = None  # None: the weight stays in its dtype
         self.quantized: tuple[Tensor, ...] = ()
         self.num_packed = 0  # numbers of the weight that was given up
 
     def pack(self) -> None:
-        """Quantise the weight, or lay it out for the CPU's bfloat16 instructions; once it is whole.
+        """Quantise the weight, or lay it out for the device's kernels; once it is whole.
 
-        The plain weight is given up: memory holds one copy. Does nothing where there is no
-        quantizer and PyTorch has no such layout (another dtype or device, or a build without
-        oneDNN).
+        The plain weight is given up: memory holds one copy. Without a quantizer it stays where
+        there is no such layout.
 
         Raises:
             StartupError: the weight can't be quantised.
@@ -69,15 +68,10 @@ class Linear(nn.Module):
             if not self.quantized:
                 self.quantized = self.quantizer.quantize(plain.detach())
                 self._give_up(plain)
-            return
-        if plain.dtype != torch.bfloat16 or plain.device.type != "cpu":
-            return
-        if not (
-            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        ):
-            return
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(plain.detach(), 1)
-        self._give_up(plain)
+        elif self.packed is None:
+            self.packed = ops.pack_linear(plain.detach())
+            if self.packed is not None:
+                self._give_up(plain)
 
     def _give_up(self, plain: Tensor) -> None:
         self.num_packed = plain.numel()
@@ -94,10 +88,7 @@ class Linear(nn.Module):
         if self.quantizer is not None and self.quantized:
             return self.quantizer.linear(x, self.quantized, bias)
         if self.packed is not None:
-            packed: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self.packed, bias, "none", [], ""
-            )
-            return packed
+            return self.packed(x, bias)
         return ops.linear(x, self.weight, bias)
 
 

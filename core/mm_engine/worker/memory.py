@@ -100,8 +100,8 @@ def size_of(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, Linear):
             tensors += module.quantized
-            if module.packed is not None:  # its layout hides its size
-                packed += module.num_packed * module.packed.element_size()
+            if module.packed is not None:
+                packed += module.packed.nbytes
     return packed + sum(t.nbytes for t in {t.data_ptr(): t for t in tensors if t.numel()}.values())
 
 

@@ -63,6 +63,11 @@ class PackedLinear:
         )
         return out if x.dim() == 2 else out.view(*x.shape[:-1], self.rows)
 
+    @property
+    def nbytes(self) -> int:
+        """Of memory that the weight takes."""
+        return self.data.nbytes
+
     def weight_rows(self, rows: Tensor) -> Tensor:
         """The rows `rows` `[N]` of the weight, as they were: `[N, columns]`.
 
