@@ -21,6 +21,7 @@ T* at(Address address) {
 // Work from which on other Python threads may run meanwhile. Below it they may not: to get the
 // lock back from one that computes takes up to 5 ms, more than a small op itself.
 constexpr int64_t LONG = int64_t{1} << 27;  // multiplications
+constexpr int64_t PER_NUMBER = 32;  // multiplications that take as long as to read and write one
 
 template <class F>
 void maybe_unlocked(int64_t work, F&& body) {
@@ -74,5 +75,15 @@ NB_MODULE(_cpu, m) {
                 at<const void>(residual), at<void>(out), rows, n, k, x_stride, out_stride,
                 static_cast<mm::DType>(dtype)};
             maybe_unlocked(rows * n * k, [&] { mm::ops().linear(args); });
+        });
+    m.def(
+        "rms_norm", [](Address x, Address residual, Address weight, Address out, Address total,
+                       int64_t rows, int64_t size, int64_t x_stride, int64_t residual_stride,
+                       float eps, int dtype) {
+            const mm::RmsNormArgs args{
+                at<const void>(x), at<const void>(residual), at<const void>(weight),
+                at<void>(out), at<void>(total), rows, size, x_stride, residual_stride, eps,
+                static_cast<mm::DType>(dtype)};
+            maybe_unlocked(rows * size * PER_NUMBER, [&] { mm::ops().rms_norm(args); });
         });
 }

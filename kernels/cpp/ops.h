@@ -21,8 +21,23 @@ struct LinearArgs {
     DType dtype;
 };
 
+// out [rows, size] = x / sqrt(mean of x^2 + eps) * weight [size]. Where `residual` isn't null, x is
+// first added to it, and the sum goes to `total` [rows, size] as well.
+struct RmsNormArgs {
+    const void* x;
+    const void* residual;
+    const void* weight;
+    void* out;
+    void* total;
+    int64_t rows, size;
+    int64_t x_stride, residual_stride;
+    float eps;
+    DType dtype;
+};
+
 struct Ops {
     void (*linear)(const LinearArgs&);
+    void (*rms_norm)(const RmsNormArgs&);
 };
 
 // The sets that this file was built for, best first, of those that this CPU has.

@@ -4,8 +4,9 @@
 namespace mm::MM_ISA {
 
 void linear(const LinearArgs&);
+void rms_norm(const RmsNormArgs&);
 
 extern const Ops table;
-const Ops table = {linear};
+const Ops table = {linear, rms_norm};
 
 }  // namespace mm::MM_ISA

@@ -70,12 +70,20 @@ MM_INLINE vf load(const bf16* p) {
     return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
 }
 MM_INLINE void store(float* p, vf v) { store_as(p, v); }
-MM_INLINE void store(bf16* p, vf v) {
+MM_INLINE vu bf16_bits(vf v) {
     const vu bits = (vu)v;
-    const vu rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const vu nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     const vu quiet = bits >> 16 | 0x40;
     const vu is_nan = (vu)(v != v);
-    store_as(p, __builtin_convertvector((quiet & is_nan) | (rounded & ~is_nan), vh));
+    return (quiet & is_nan) | (nearest & ~is_nan);
+}
+MM_INLINE void store(bf16* p, vf v) { store_as(p, __builtin_convertvector(bf16_bits(v), vh)); }
+
+// What would be loaded if v had been stored as T.
+template <class T>
+MM_INLINE vf rounded(vf v) {
+    if constexpr (__is_same(T, bf16)) return (vf)(bf16_bits(v) << 16);
+    return v;
 }
 
 MM_INLINE vf select(vi mask, vf yes, vf no) {

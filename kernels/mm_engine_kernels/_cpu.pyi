@@ -24,3 +24,16 @@ def linear(
     out_stride: int,
     dtype: int,
 ) -> None: ...
+def rms_norm(
+    x: int,
+    residual: int,
+    weight: int,
+    out: int,
+    total: int,
+    rows: int,
+    size: int,
+    x_stride: int,
+    residual_stride: int,
+    eps: float,
+    dtype: int,
+) -> None: ...

@@ -37,7 +37,11 @@ TRITON_FILES = {
 }
 
 #: The file in cpu/ of each op that has a kernel there.
-CPU_FILES: dict[str, str] = {"pack_linear": "linear"}
+CPU_FILES: dict[str, str] = {
+    "pack_linear": "linear",
+    "rms_norm": "rms_norm",
+    "add_rms_norm": "rms_norm",
+}
 
 
 class Unavailable(Exception):

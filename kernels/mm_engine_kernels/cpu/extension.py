@@ -41,3 +41,10 @@ def address(tensor: Tensor | None) -> int:
 def rows_of(x: Tensor) -> Tensor:
     """`x` `[M, K]` with each row's numbers side by side; rows may lie apart. Copied if need be."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def as_rows(x: Tensor, size: int) -> Tensor:
+    """`x` `[..., size]` as `[M, size]`, each row's numbers side by side. Copied if need be."""
+    if x.dim() != 2:
+        x = x.reshape(x.numel() // max(size, 1), size)
+    return rows_of(x)
