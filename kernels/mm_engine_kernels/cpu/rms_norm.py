@@ -16,7 +16,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if dtype is None or not _fits(weight, size, x.dtype):
         return reference.rms_norm(x, weight, eps)
     rows = as_rows(x, size)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty_like(rows)  # contiguous, as rows don't overlap
     _cpu.rms_norm(
         rows.data_ptr(),
         0,
@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps,
         dtype,
     )
-    return out
+    return out if x.dim() == 2 else out.view(x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -46,8 +46,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     ):
         return reference.add_rms_norm(x, residual, weight, eps)
     rows, others = as_rows(x, size), as_rows(residual, size)
-    out = torch.empty(shape, dtype=x.dtype)
-    total = torch.empty(shape, dtype=x.dtype)
+    out, total = torch.empty_like(rows), torch.empty_like(rows)
     _cpu.rms_norm(
         rows.data_ptr(),
         others.data_ptr(),
@@ -61,7 +60,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         eps,
         dtype,
     )
-    return out, total
+    return (out, total) if x.dim() == 2 else (out.view(shape), total.view(shape))
 
 
 def _fits(weight: Tensor, size: int, dtype: torch.dtype) -> bool:
