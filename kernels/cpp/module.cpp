@@ -86,4 +86,12 @@ NB_MODULE(_cpu, m) {
                 static_cast<mm::DType>(dtype)};
             maybe_unlocked(rows * size * PER_NUMBER, [&] { mm::ops().rms_norm(args); });
         });
+    m.def(
+        "silu_mul", [](Address x, Address out, int64_t rows, int64_t size, int64_t stride,
+                       int dtype) {
+            const mm::SiluMulArgs args{
+                at<const void>(x), at<void>(out), rows, size, stride,
+                static_cast<mm::DType>(dtype)};
+            maybe_unlocked(rows * size * PER_NUMBER, [&] { mm::ops().silu_mul(args); });
+        });
 }

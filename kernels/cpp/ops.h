@@ -35,9 +35,18 @@ struct RmsNormArgs {
     DType dtype;
 };
 
+// out [rows, size] = silu(gate) * up, of x [rows, 2 * size]: the gate, then up.
+struct SiluMulArgs {
+    const void* x;
+    void* out;
+    int64_t rows, size, stride;
+    DType dtype;
+};
+
 struct Ops {
     void (*linear)(const LinearArgs&);
     void (*rms_norm)(const RmsNormArgs&);
+    void (*silu_mul)(const SiluMulArgs&);
 };
 
 // The sets that this file was built for, best first, of those that this CPU has.

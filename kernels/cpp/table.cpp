@@ -5,8 +5,9 @@ namespace mm::MM_ISA {
 
 void linear(const LinearArgs&);
 void rms_norm(const RmsNormArgs&);
+void silu_mul(const SiluMulArgs&);
 
 extern const Ops table;
-const Ops table = {linear, rms_norm};
+const Ops table = {linear, rms_norm, silu_mul};
 
 }  // namespace mm::MM_ISA

@@ -41,6 +41,7 @@ CPU_FILES: dict[str, str] = {
     "pack_linear": "linear",
     "rms_norm": "rms_norm",
     "add_rms_norm": "rms_norm",
+    "silu_mul": "silu_mul",
 }
 
 
