@@ -94,4 +94,15 @@ NB_MODULE(_cpu, m) {
                 static_cast<mm::DType>(dtype)};
             maybe_unlocked(rows * size * PER_NUMBER, [&] { mm::ops().silu_mul(args); });
         });
+    m.def(
+        "rotary", [](Address x, Address cos, Address sin, Address out, int64_t tokens,
+                     int64_t heads, int64_t half, int64_t token_stride, int64_t head_stride,
+                     int64_t cos_stride, int64_t sin_stride, int dtype) {
+            const mm::RotaryArgs args{
+                at<const void>(x), at<const void>(cos), at<const void>(sin), at<void>(out),
+                tokens, heads, half, token_stride, head_stride, cos_stride, sin_stride,
+                static_cast<mm::DType>(dtype)};
+            maybe_unlocked(
+                tokens * heads * half * 2 * PER_NUMBER, [&] { mm::ops().rotary(args); });
+        });
 }

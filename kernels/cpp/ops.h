@@ -43,10 +43,23 @@ struct SiluMulArgs {
     DType dtype;
 };
 
+// out [tokens, heads, 2 * half] = x rotated by cos and sin [tokens, 2 * half]. Halves are pairs.
+struct RotaryArgs {
+    const void* x;
+    const void* cos;
+    const void* sin;
+    void* out;
+    int64_t tokens, heads, half;
+    int64_t token_stride, head_stride;  // of x
+    int64_t cos_stride, sin_stride;
+    DType dtype;
+};
+
 struct Ops {
     void (*linear)(const LinearArgs&);
     void (*rms_norm)(const RmsNormArgs&);
     void (*silu_mul)(const SiluMulArgs&);
+    void (*rotary)(const RotaryArgs&);
 };
 
 // The sets that this file was built for, best first, of those that this CPU has.

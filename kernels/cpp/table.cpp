@@ -6,8 +6,9 @@ namespace mm::MM_ISA {
 void linear(const LinearArgs&);
 void rms_norm(const RmsNormArgs&);
 void silu_mul(const SiluMulArgs&);
+void rotary(const RotaryArgs&);
 
 extern const Ops table;
-const Ops table = {linear, rms_norm, silu_mul};
+const Ops table = {linear, rms_norm, silu_mul, rotary};
 
 }  // namespace mm::MM_ISA

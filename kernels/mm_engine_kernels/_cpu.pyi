@@ -38,3 +38,17 @@ def rms_norm(
     dtype: int,
 ) -> None: ...
 def silu_mul(x: int, out: int, rows: int, size: int, stride: int, dtype: int) -> None: ...
+def rotary(
+    x: int,
+    cos: int,
+    sin: int,
+    out: int,
+    tokens: int,
+    heads: int,
+    half: int,
+    token_stride: int,
+    head_stride: int,
+    cos_stride: int,
+    sin_stride: int,
+    dtype: int,
+) -> None: ...

@@ -42,6 +42,7 @@ CPU_FILES: dict[str, str] = {
     "rms_norm": "rms_norm",
     "add_rms_norm": "rms_norm",
     "silu_mul": "silu_mul",
+    "rotary": "rotary",
 }
 
 
