@@ -105,4 +105,17 @@ NB_MODULE(_cpu, m) {
             maybe_unlocked(
                 tokens * heads * half * 2 * PER_NUMBER, [&] { mm::ops().rotary(args); });
         });
+    m.def(
+        "scatter", [](Address rows, Address out, Address places, int64_t num, int64_t size,
+                      int64_t stride, int64_t block_size, int64_t block_stride, int64_t lowest,
+                      int64_t num_places, int dtype, int out_dtype) {
+            const mm::ScatterArgs args{
+                at<const void>(rows), at<void>(out), at<const int64_t>(places), num, size,
+                stride, block_size, block_stride, static_cast<mm::DType>(dtype),
+                static_cast<mm::DType>(out_dtype)};
+            for (int64_t i = 0; i < num; ++i)
+                if (args.places[i] < lowest || args.places[i] >= num_places) return false;
+            maybe_unlocked(num * size * PER_NUMBER, [&] { mm::ops().scatter(args); });
+            return true;
+        });
 }

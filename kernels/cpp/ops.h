@@ -55,11 +55,23 @@ struct RotaryArgs {
     DType dtype;
 };
 
+// Row i of rows [num, size] goes to place p = places[i] of out, converted: to the row p % block_size
+// of the block p / block_size. Blocks lie `block_stride` numbers apart. Places below 0 are skipped.
+struct ScatterArgs {
+    const void* rows;
+    void* out;
+    const int64_t* places;
+    int64_t num, size, stride;
+    int64_t block_size, block_stride;
+    DType dtype, out_dtype;
+};
+
 struct Ops {
     void (*linear)(const LinearArgs&);
     void (*rms_norm)(const RmsNormArgs&);
     void (*silu_mul)(const SiluMulArgs&);
     void (*rotary)(const RotaryArgs&);
+    void (*scatter)(const ScatterArgs&);
 };
 
 // The sets that this file was built for, best first, of those that this CPU has.

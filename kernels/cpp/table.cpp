@@ -7,8 +7,9 @@ void linear(const LinearArgs&);
 void rms_norm(const RmsNormArgs&);
 void silu_mul(const SiluMulArgs&);
 void rotary(const RotaryArgs&);
+void scatter(const ScatterArgs&);
 
 extern const Ops table;
-const Ops table = {linear, rms_norm, silu_mul, rotary};
+const Ops table = {linear, rms_norm, silu_mul, rotary, scatter};
 
 }  // namespace mm::MM_ISA

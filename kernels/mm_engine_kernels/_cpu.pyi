@@ -52,3 +52,17 @@ def rotary(
     sin_stride: int,
     dtype: int,
 ) -> None: ...
+def scatter(
+    rows: int,
+    out: int,
+    places: int,
+    num: int,
+    size: int,
+    stride: int,
+    block_size: int,
+    block_stride: int,
+    lowest: int,  # place that is allowed: -1 where padding is
+    num_places: int,
+    dtype: int,
+    out_dtype: int,
+) -> bool: ...

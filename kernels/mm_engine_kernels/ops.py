@@ -43,6 +43,8 @@ CPU_FILES: dict[str, str] = {
     "add_rms_norm": "rms_norm",
     "silu_mul": "silu_mul",
     "rotary": "rotary",
+    "write_kv": "write_kv",
+    "merge_by_position": "merge_by_position",
 }
 
 
