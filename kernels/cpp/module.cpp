@@ -118,4 +118,14 @@ NB_MODULE(_cpu, m) {
             maybe_unlocked(num * size * PER_NUMBER, [&] { mm::ops().scatter(args); });
             return true;
         });
+    m.def(
+        "sample", [](Address logits, Address uniform, Address temperature, Address top_k,
+                     Address top_p, Address min_p, Address sampled, Address kept, int64_t num,
+                     int64_t size, int64_t stride) {
+            const mm::SampleArgs args{
+                at<const float>(logits), at<const double>(uniform), at<const float>(temperature),
+                at<const int64_t>(top_k), at<const float>(top_p), at<const float>(min_p),
+                at<int64_t>(sampled), at<float>(kept), num, size, stride};
+            maybe_unlocked(num * size * 8 * PER_NUMBER, [&] { mm::ops().sample(args); });
+        });
 }

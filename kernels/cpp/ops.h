@@ -66,12 +66,27 @@ struct ScatterArgs {
     DType dtype, out_dtype;
 };
 
+// sampled [num]: an id drawn from each row of logits [num, size], whose rows lie `stride` apart.
+// `kept` [num, size] may be null, or gets the weights that are kept.
+struct SampleArgs {
+    const float* logits;
+    const double* uniform;
+    const float* temperature;
+    const int64_t* top_k;
+    const float* top_p;
+    const float* min_p;
+    int64_t* sampled;
+    float* kept;
+    int64_t num, size, stride;
+};
+
 struct Ops {
     void (*linear)(const LinearArgs&);
     void (*rms_norm)(const RmsNormArgs&);
     void (*silu_mul)(const SiluMulArgs&);
     void (*rotary)(const RotaryArgs&);
     void (*scatter)(const ScatterArgs&);
+    void (*sample)(const SampleArgs&);
 };
 
 // The sets that this file was built for, best first, of those that this CPU has.

@@ -8,8 +8,9 @@ void rms_norm(const RmsNormArgs&);
 void silu_mul(const SiluMulArgs&);
 void rotary(const RotaryArgs&);
 void scatter(const ScatterArgs&);
+void sample(const SampleArgs&);
 
 extern const Ops table;
-const Ops table = {linear, rms_norm, silu_mul, rotary, scatter};
+const Ops table = {linear, rms_norm, silu_mul, rotary, scatter, sample};
 
 }  // namespace mm::MM_ISA

@@ -66,3 +66,16 @@ def scatter(
     dtype: int,
     out_dtype: int,
 ) -> bool: ...
+def sample(
+    logits: int,
+    uniform: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    sampled: int,
+    kept: int,
+    num: int,
+    size: int,
+    stride: int,
+) -> None: ...

@@ -45,6 +45,7 @@ CPU_FILES: dict[str, str] = {
     "rotary": "rotary",
     "write_kv": "write_kv",
     "merge_by_position": "merge_by_position",
+    "sample": "sample",
 }
 
 

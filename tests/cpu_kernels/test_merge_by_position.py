@@ -44,9 +44,7 @@ def test_merge(
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
 @pytest.mark.parametrize("rows_dtype", [*DTYPES, torch.float16], ids=str)
-def test_any_dtype_and_any_layout(
-    isa: str, dtype: torch.dtype, rows_dtype: torch.dtype
-) -> None:
+def test_any_dtype_and_any_layout(isa: str, dtype: torch.dtype, rows_dtype: torch.dtype) -> None:
     wide = torch.randn(7, 91).to(dtype)
     rows = torch.randn(50, 50).to(rows_dtype)
     rows[2, 2] = float("nan")
