@@ -72,6 +72,8 @@ class Pool {
     void run(int64_t count, Chunk chunk, void* job) {
         const uint64_t number = (word_.load(std::memory_order_relaxed) >> 32) + 1;
         word_.store(number << 32 | CLOSED);
+        // With that in `claim_one`: who reads what follows can't claim by the word as it was before.
+        std::atomic_thread_fence(std::memory_order_release);
         chunk_.store(chunk, std::memory_order_relaxed);
         job_.store(job, std::memory_order_relaxed);
         count_.store(count, std::memory_order_relaxed);
@@ -112,6 +114,7 @@ class Pool {
             Chunk chunk = chunk_.load(std::memory_order_relaxed);
             void* job = job_.load(std::memory_order_relaxed);
             if (index == CLOSED || static_cast<int64_t>(index) >= count) return false;
+            std::atomic_thread_fence(std::memory_order_acquire);
             // Success means that the word didn't change since it was read: what was read in
             // between is this job's.
             if (word_.compare_exchange_weak(word, word + 1, std::memory_order_acq_rel)) {

@@ -35,7 +35,7 @@ def angles(num: int, dim: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     num=st.integers(0, 9) | st.sampled_from([70, 257]),
     heads=st.integers(1, 6),

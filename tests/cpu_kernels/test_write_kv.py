@@ -29,7 +29,7 @@ def check(key: Tensor, value: Tensor, dtype: torch.dtype, slots: Tensor, size: i
 
 @pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     num=st.integers(0, 9) | st.sampled_from([300]),
     heads=st.integers(1, 3),
