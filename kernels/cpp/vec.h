@@ -79,17 +79,20 @@ MM_INLINE vu bf16_bits(vf v) {
 }
 MM_INLINE void store(bf16* p, vf v) { store_as(p, __builtin_convertvector(bf16_bits(v), vh)); }
 
-// What would be loaded if v had been stored as T.
+// What would be loaded if v had been stored as T. For v that was computed from such: the lower
+// half of a NaN is then 0, and the rounding can't carry out of it.
 template <class T>
 MM_INLINE vf rounded(vf v) {
-    if constexpr (__is_same(T, bf16)) return (vf)(bf16_bits(v) << 16);
-    return v;
+    if constexpr (!__is_same(T, bf16)) return v;
+    const vu bits = (vu)v;
+    return (vf)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
 }
 
 MM_INLINE vf select(vi mask, vf yes, vf no) {
     return (vf)(((vi)yes & mask) | ((vi)no & ~mask));
 }
-MM_INLINE vf max(vf a, vf b) { return select(a > b, a, b); }  // b where one is NaN
+MM_INLINE vf max(vf a, vf b) { return a > b ? a : b; }  // b where one is NaN
+MM_INLINE vf min(vf a, vf b) { return a < b ? a : b; }  // likewise
 MM_INLINE float max(float a, float b) { return a > b ? a : b; }
 MM_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 MM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -110,31 +113,26 @@ MM_INLINE float largest(vf v) {
 }
 
 // e^x to within 2 units in the last place: 2^n * 2^f with |f| <= 1/2, the second by the Taylor
-// series of e^(f ln 2) (its error at 1/2 is 1e-8). 0 below -87.3, infinity above 88.7, NaN stays.
+// series of e^(f ln 2) (its error at 1/2 is 1e-8). 0 below -86.6, infinity above 88.7, NaN stays.
 MM_INLINE vf exp(vf x) {
-    const vf scaled = x * 1.44269504088896341f;
     const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-    const vf clipped = max(select(scaled > 128.0f, splat(128.0f), scaled), splat(-126.0f));
-    const vf shifted = clipped + magic;
+    const vf scaled = x * 1.44269504088896341f;
+    const vf shifted = max(splat(-125.0f), min(splat(128.0f), scaled)) + magic;
     const vf n = shifted - magic;
     // x - n ln 2 in two steps: ln 2's upper bits times n are exact.
     const vf r = (x - n * 0.693145751953125f) - n * 1.42860677e-6f;
-    vf p = splat(1.0f / 5040.0f);
-    p = p * r + 1.0f / 720.0f;
-    p = p * r + 1.0f / 120.0f;
-    p = p * r + 1.0f / 24.0f;
-    p = p * r + 1.0f / 6.0f;
-    p = p * r + 0.5f;
+    vf p = splat(2.0f / 5040.0f);
+    p = p * r + 2.0f / 720.0f;
+    p = p * r + 2.0f / 120.0f;
+    p = p * r + 2.0f / 24.0f;
+    p = p * r + 2.0f / 6.0f;
     p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    // 2^n in two factors: n = 128 is beyond what one float's exponent holds.
-    const vi whole = (vi)shifted - (vi)magic;
-    const vi half = whole >> 1;
-    const vf low = (vf)((half + 127) << 23), high = (vf)((whole - half + 127) << 23);
-    vf result = p * low * high;
-    result = select(x < -87.33654f, vf{}, result);
-    result = select(x > 88.72283f, splat(__builtin_inff()), result);
-    return select(x != x, x, result);
+    p = p * r + 2.0f;
+    p = p * r + 2.0f;
+    // Twice the series by 2^(n - 1), as n = 128 is beyond what one float's exponent holds. Above
+    // 88.7 the series is at least that of 0, and overflows; NaN went through it.
+    const vf power = (vf)(((vi)shifted - (vi)magic + 126) << 23);
+    return select(x < -86.64340f, vf{}, p * power);
 }
 
 }  // namespace mm::MM_ISA
