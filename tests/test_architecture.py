@@ -27,6 +27,7 @@ NOUNS = {
     "config",
     "contract",
     "errors",
+    "light_imports",
     "outputs",
     "processes",
     "request",

@@ -12,6 +12,8 @@ import typer
 from mm_engine.cli import options
 from mm_engine.cli.model_choice import choose_model
 from mm_engine.cli.pictures import read_picture
+from mm_engine.engine.launch import Launch, launched
+from mm_engine.light_imports import import_transformers
 
 if TYPE_CHECKING:
     from mm_engine.config import EngineConfig
@@ -98,15 +100,18 @@ def generate(
     parts = [{"type": "image", "image": picture} for picture in pictures]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # unwinds: no process is left
-    asyncio.run(_answer(config, chat_template, messages, params))
+    with launched() as launch:
+        asyncio.run(_answer(config, launch, chat_template, messages, params))
 
 
 async def _answer(
     config: EngineConfig,
+    launch: Launch,
     chat_template: str | None,
     messages: list[dict[str, Any]],
     params: SamplingParams,
 ) -> None:
+    import_transformers()
     from mm_engine.engine.client import EngineClient
     from mm_engine.inputs.pipeline import InputPipeline
     from mm_engine.worker.loader import open_model
@@ -114,7 +119,9 @@ async def _answer(
     pipeline = InputPipeline(open_model(config), chat_template=chat_template)
     prepared = pipeline.prepare_chat(messages)
     pipeline.request(prepared, params)  # too long for the model? Then before it is loaded
-    client = await EngineClient.start(config, pipeline.dummy_request(), pipeline.plugin.record)
+    client = await EngineClient.start(
+        config, pipeline.dummy_request(), pipeline.plugin.record, launch
+    )
     try:
         pipeline.limit_length(client.info.kv_cache_tokens)
         started = False

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import shutil
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
@@ -15,7 +13,7 @@ import zmq.asyncio
 
 from mm_engine.config import EngineConfig
 from mm_engine.engine import wire
-from mm_engine.engine.process import SOCKET_NAME
+from mm_engine.engine.launch import Launch
 from mm_engine.engine.sent_tensors import SentTensors
 from mm_engine.engine.status import EngineInfo, EngineStats
 from mm_engine.errors import (
@@ -27,7 +25,7 @@ from mm_engine.errors import (
 )
 from mm_engine.outputs import ErrorInfo, RequestOutput
 from mm_engine.plugins.record import PluginRecord
-from mm_engine.processes import how_it_ended, private_folder, spawn
+from mm_engine.processes import how_it_ended
 from mm_engine.request import Request
 
 logger = logging.getLogger(__name__)
@@ -42,18 +40,16 @@ class EngineClient:
 
     info: EngineInfo
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, launch: Launch | None = None) -> None:
         #: Items whose tensors the process has.
         self.sent = SentTensors(config.mm_processor_cache_memory)
         self._step_timeout = config.step_timeout
-        self._folder = private_folder(SOCKET_NAME)
+        self._launch = launch or Launch()
+        self._process = self._launch.process
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)
-        address = f"ipc://{self._folder / SOCKET_NAME}"
-        self._socket.bind(address)
-        log_level = logging.getLogger("mm_engine").getEffectiveLevel()
-        self._process = spawn("mm_engine.engine.process", address, os.getpid(), log_level)
+        self._socket.bind(self._launch.address)
         self._answers: dict[str, asyncio.Queue[RequestOutput | None]] = {}  # None: it is dead
         self._stats: deque[tuple[float, asyncio.Future[EngineStats]]] = deque()  # since, for whom
         self._death: str | None = None  # how the engine ended
@@ -62,20 +58,23 @@ class EngineClient:
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, profile_request: Request, plugin: PluginRecord | None = None
+        cls,
+        config: EngineConfig,
+        profile_request: Request,
+        plugin: PluginRecord | None = None,
+        launch: Launch | None = None,
     ) -> EngineClient:
-        """Start the process and wait until the model is loaded.
+        """Start the process, unless `launch` has, and wait until the model is loaded.
 
         `plugin` is the record of the caller's own plugin: the process loads that one or none.
 
         Raises:
             StartupError, PluginError: it can't start as asked; nothing is left behind.
         """
-        client = cls(config)
+        client = cls(config, launch)
         try:
             client.info = await client._shake_hands(config, profile_request, plugin)
         except BaseException:
-            client._process.kill()
             client._clean_up()
             raise
         client._tasks = [asyncio.create_task(client._read()), asyncio.create_task(client._watch())]
@@ -157,8 +156,6 @@ class EngineClient:
             self._die("it was closed")
             for task in self._tasks:
                 task.cancel()
-            if self._process.poll() is None:
-                self._process.kill()
             self._clean_up()
 
     async def _shake_hands(
@@ -255,10 +252,9 @@ class EngineClient:
         return EngineDead(f"the engine has stopped: {self._death}. Start it again.")
 
     def _clean_up(self) -> None:
-        self._process.wait()  # it has ended or was killed: no zombie stays
+        self._launch.end()
         self._socket.close(linger=0)
         self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _to_error(info: ErrorInfo) -> MMEngineError:

@@ -1,6 +1,6 @@
 """The engine process: `python -m mm_engine.engine.process ADDRESS PARENT_PID LOG_LEVEL`.
 
-Started by `EngineClient`. It lives as long as its parent wants, and never longer than that.
+Started by `Launch`. It lives as long as its parent wants, and never longer than that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ def main(address: str, parent_pid: int, log_level: int) -> int:
     from mm_engine.plugins.tolerance import pass_over_damage
 
     pass_over_damage()
-    from mm_engine.engine.loop import run  # imports for seconds: after all of the above
+    from mm_engine.light_imports import import_transformers
+
+    import_transformers()  # takes seconds: after all of the above
+    from mm_engine.engine.loop import run
 
     return run(address)
 

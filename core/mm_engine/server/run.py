@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from mm_engine.config import EngineConfig
+from mm_engine.engine.launch import Launch, launched
 from mm_engine.errors import StartupError
+from mm_engine.light_imports import import_transformers
 from mm_engine.server.settings import ServerSettings
 from mm_engine.server.status_line import log_status
 
@@ -61,13 +63,15 @@ def serve(
         contextlib.suppress(Stopped),
         _stop_on_signals(),
         listen(settings.host, settings.port) as listener,  # first: it fails in no time
+        launched() as launch,
     ):
+        import_transformers()
         from mm_engine.inputs.pipeline import InputPipeline  # after it: slow imports
         from mm_engine.worker.loader import open_model
 
         opened = open_model(config)
         pipeline = InputPipeline(opened, chat_template=settings.chat_template)
-        return asyncio.run(_serve(config, settings, pipeline, listener, on_start))
+        return asyncio.run(_serve(config, launch, settings, pipeline, listener, on_start))
     return 0
 
 
@@ -127,6 +131,7 @@ class _HTTPServer(uvicorn.Server):
 
 async def _serve(
     config: EngineConfig,
+    launch: Launch,
     settings: ServerSettings,
     pipeline: InputPipeline,
     listener: socket.socket,
@@ -143,7 +148,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
         loop.add_signal_handler(number, on_signal)
-    client = await _start_engine(config, pipeline, stop)
+    client = await _start_engine(config, launch, pipeline, stop)
     if client is None:
         return 0
     try:
@@ -159,13 +164,15 @@ async def _serve(
 
 
 async def _start_engine(
-    config: EngineConfig, pipeline: InputPipeline, stop: asyncio.Event
+    config: EngineConfig, launch: Launch, pipeline: InputPipeline, stop: asyncio.Event
 ) -> EngineClient | None:
-    """Start the engine process; None if a signal came first."""
+    """Have the engine process load the model; None if a signal came first."""
     from mm_engine.engine.client import EngineClient
 
     profile = await asyncio.to_thread(pipeline.dummy_request)
-    starting = asyncio.create_task(EngineClient.start(config, profile, pipeline.plugin.record))
+    starting = asyncio.create_task(
+        EngineClient.start(config, profile, pipeline.plugin.record, launch)
+    )
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

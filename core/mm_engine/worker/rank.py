@@ -34,7 +34,10 @@ def main(folder: Path, rank: int, parent_pid: int, log_level: int) -> int:
     from mm_engine.plugins.tolerance import pass_over_damage
 
     pass_over_damage()
-    return Rank(folder, rank).serve()  # imports for seconds: after all of the above
+    from mm_engine.light_imports import import_transformers
+
+    import_transformers()  # takes seconds: after all of the above
+    return Rank(folder, rank).serve()
 
 
 class Rank:
