@@ -78,7 +78,7 @@ def generate(
     if remark:
         typer.echo(remark, err=True)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    limits = {"image": len(pictures)} if len(pictures) > 1 else {"image": 1}
+    limits = {"image": len(pictures)}  # without one, startup tries none out: that takes seconds
     fields = options.engine_options(
         dtype=dtype,
         device=device,

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -52,6 +51,8 @@ def locate(model: str) -> Path:
             f"checkpoint not found: {model} is not a folder. "
             "Name a checkpoint's folder or a Hub id such as org/name."
         )
+    import httpx  # here: not every start asks the Hub
+
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_FILES))
     except (

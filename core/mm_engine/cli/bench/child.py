@@ -34,11 +34,13 @@ def main(parent_pid: int, options: dict[str, Any]) -> int:
 
     from mm_engine.config import EngineConfig
     from mm_engine.errors import MMEngineError
+    from mm_engine.light_imports import import_transformers
     from mm_engine.plugins.printable import printable
     from mm_engine.server.log import configure_logging
     from mm_engine.server.run import serve
     from mm_engine.server.settings import ServerSettings
 
+    import_transformers()
     for name in IMPORTED_LATER:
         importlib.import_module(name)
     _tell("imported")
