@@ -5,6 +5,8 @@ ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# What builds the distributions: installed first, at the tested versions, and once for all of them.
+BUILD := hatchling editables scikit-build-core nanobind cmake ninja
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 KERNELS := kernels/pyproject.toml kernels/cmake/CMakeLists.txt $(wildcard kernels/cpp/*)
 
@@ -38,6 +40,7 @@ venv: $(INSTALLED)
 
 $(INSTALLED): constraints.txt pyproject.toml $(KERNELS) $(PLUGINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt \
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(BUILD)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation \
 		-e kernels -e ".[dev]" $(patsubst %/pyproject.toml,-e %,$(PLUGINS))
 	touch $@

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,13 @@ ROOT = Path(__file__).parents[1]
 SOURCES = (ROOT, ROOT / "kernels", *(file.parent for file in ROOT.glob("plugins/*/pyproject.toml")))
 
 
-def run(*command: str | Path, cwd: Path | None = None, path: str | None = None) -> str:
-    environment = {**os.environ, **({"PYTHONPATH": path} if path else {})}
+def run(
+    *command: str | Path,
+    cwd: Path | None = None,
+    path: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    environment = {**os.environ, **(environment or {}), **({"PYTHONPATH": path} if path else {})}
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
@@ -38,8 +43,14 @@ def run(*command: str | Path, cwd: Path | None = None, path: str | None = None) 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("wheels")
+    # The kernels' objects are those of the editable installation: only the link is done again.
+    build_dir = str(ROOT / "kernels" / "cmake")
     for source in SOURCES:
-        run("-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source)
+        environment = {"SKBUILD_BUILD_DIR": build_dir} if source.name == "kernels" else {}
+        run(
+            *("-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source),
+            environment=environment,
+        )
     return {wheel.name.partition("-")[0]: wheel for wheel in folder.glob("*.whl")}
 
 
@@ -85,6 +96,25 @@ def test_installed_wheels_work_without_the_checkout(
     code = "import mm_engine.plugins.discovery as d; print(*d.demos().values())"
     demos = run("-S", "-c", code, path=path).split()
     assert demos and all(demo.startswith(str(tmp_path)) for demo in demos)
+    kernels = run("-S", "-c", KERNELS, path=path).split()
+    assert kernels[0].startswith(str(tmp_path)) and kernels[1] == "cpp"
+
+
+KERNELS = "from mm_engine_kernels import ops; print(ops.__file__, ops.chosen('cpu'))"
+
+
+def test_without_a_compiler_the_kernels_install_and_say_what_is_missing(tmp_path: Path) -> None:
+    run(
+        *("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT / "kernels"),
+        environment={"SKBUILD_BUILD_DIR": str(tmp_path / "build"), "CXX": "/no/compiler"},
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert not any(name.endswith(".so") for name in names_in(wheel))
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel)
+    path = os.pathsep.join([str(tmp_path / "site"), sysconfig.get_path("purelib")])
+    said = run("-S", "-c", KERNELS, path=path)
+    assert "reference (torch" in said
+    assert "the C++ kernels can't be loaded" in said and "a C++20 compiler" in said
 
 
 class Environment:

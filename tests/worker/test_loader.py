@@ -177,9 +177,7 @@ def test_the_model_is_built_in_the_dtype_and_leaves_pytorchs_default(
     assert loaded.seconds > 0
 
 
-def test_parameters_are_counted_before_packing(
-    saved: Path, request: pytest.FixtureRequest
-) -> None:
+def test_parameters_are_counted_before_packing(saved: Path, request: pytest.FixtureRequest) -> None:
     packed = load_model(open_model(options(model=str(saved))), CPU)
     request.getfixturevalue("reference_kernels")
     plain = load_model(open_model(options(model=str(saved))), CPU)
