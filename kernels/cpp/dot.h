@@ -22,6 +22,13 @@ MM_INLINE vf dot(vf acc, vu w, vu a) {
         vreinterpretq_bf16_u32((uint32x4_t)a));
 }
 }  // namespace mm::MM_ISA
+#elif defined(MM_EMULATE)
+#define MM_HAS_DOT 1
+namespace mm::MM_ISA {
+MM_INLINE vf dot(vf acc, vu w, vu a) {
+    return acc + (vf)(w << 16) * (vf)(a << 16) + (vf)(w & 0xffff0000u) * (vf)(a & 0xffff0000u);
+}
+}  // namespace mm::MM_ISA
 #else
 #define MM_HAS_DOT 0
 #endif

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int PANEL = 16;
 constexpr int NV = PANEL / W;  // vectors of a panel's row
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(MM_EMULATE)
 constexpr int MR = 12, NP = 2;  // 24 of 32 registers hold sums
 #elif defined(__AVX2__)
 constexpr int MR = 6, NP = 1;  // 12 of 16

@@ -14,7 +14,7 @@
 
 namespace mm::MM_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(MM_EMULATE)
 constexpr int W = 16;  // floats in a vector
 #elif defined(__AVX2__)
 constexpr int W = 8;
