@@ -60,8 +60,8 @@ def test_workers_sleep_when_there_is_nothing_to_do(layer: PackedLinear, rows: Te
     set_num_threads(4)
     for _ in range(3):  # and again after they were woken
         layer(rows)
-        assert until(lambda: _cpu.num_asleep() == 3)
         before = time.process_time()
+        assert until(lambda: _cpu.num_asleep() == 3)
         time.sleep(0.2)
         assert time.process_time() - before < 0.1
 
