@@ -20,9 +20,9 @@ def check(key: Tensor, value: Tensor, dtype: torch.dtype, slots: Tensor, size: i
     # Keys and values of a block may lie side by side.
     beside = torch.full((num_blocks, 2, *shape[1:]), 7.0).to(dtype)
     alone = expected.clone()
-    reference.write_kv(key, value, *expected, slots)
+    reference.write_kv(key, value, expected[0], expected[1], slots)
     write_kv(key, value, beside[:, 0], beside[:, 1], slots)
-    write_kv(key, value, *alone, slots)
+    write_kv(key, value, alone[0], alone[1], slots)
     for got in (beside.transpose(0, 1), alone):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -66,11 +66,11 @@ def test_any_cache_and_any_layout(isa: str, cache_dtype: torch.dtype) -> None:
     key, value = rows[0].transpose(1, 2).contiguous().transpose(1, 2), rows[1]
     shape = (2, 8, 4, 2, 8)
     expected, got = (torch.zeros(shape).to(cache_dtype) for _ in range(2))
-    reference.write_kv(key, value, *expected, slots[:7])
-    write_kv(key, value, *got, slots[:7])
+    reference.write_kv(key, value, expected[0], expected[1], slots[:7])
+    write_kv(key, value, got[0], got[1], slots[:7])
     torch.testing.assert_close(got.float(), expected.float(), equal_nan=True)
     every_other = slots.repeat_interleave(2)[:14:2]
-    write_kv(key, value, *got, every_other)
+    write_kv(key, value, got[0], got[1], every_other)
     torch.testing.assert_close(got.float(), expected.float(), equal_nan=True)
 
 
@@ -78,5 +78,5 @@ def test_a_slot_that_is_not_there_is_refused() -> None:
     rows, caches = torch.ones(2, 3, 2, 8), torch.zeros(2, 4, 16, 2, 8)
     for slot in (64, 1 << 60):
         with pytest.raises(IndexError, match="from 0 to 63"):
-            write_kv(*rows, *caches, torch.tensor([0, slot, 1]))
+            write_kv(rows[0], rows[1], caches[0], caches[1], torch.tensor([0, slot, 1]))
     assert not caches.any()
