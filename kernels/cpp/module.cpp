@@ -2,6 +2,7 @@
 // dtypes and layout, and holds them while a call runs.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "ops.h"
@@ -127,5 +128,49 @@ NB_MODULE(_cpu, m) {
                 at<const int64_t>(top_k), at<const float>(top_p), at<const float>(min_p),
                 at<int64_t>(sampled), at<float>(kept), num, size, stride};
             maybe_unlocked(num * size * 8 * PER_NUMBER, [&] { mm::ops().sample(args); });
+        });
+    // keys, values: where they begin, and the strides of block, token and head; `work` is how many
+    // multiplications it is about.
+    using KeyValues = std::tuple<Address, int64_t, int64_t, int64_t>;
+    m.def(
+        "attention",
+        [](Address query, int64_t query_sequence, int64_t query_row, int64_t query_head,
+           const KeyValues& keys, const KeyValues& values, Address tables, int64_t table_stride,
+           bool wide_table, int64_t block_size, Address query_starts, Address contexts,
+           Address out, int64_t out_sequence, int64_t out_row, int64_t num_sequences,
+           int64_t num_queries, int64_t num_keys, int64_t heads, int64_t kv_heads, int64_t dim,
+           int64_t window, float scale, float softcap, bool causal, int dtype, int64_t work) {
+            const auto strided = [](const KeyValues& t) {
+                return mm::KeyValues{
+                    at<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+            };
+            mm::AttentionArgs args{};
+            args.query = at<const void>(query);
+            args.keys = strided(keys);
+            args.values = strided(values);
+            args.block_tables = at<const void>(tables);
+            args.query_starts = at<const int32_t>(query_starts);
+            args.contexts = at<const int32_t>(contexts);
+            args.out = at<void>(out);
+            args.num_sequences = num_sequences;
+            args.num_queries = num_queries;
+            args.num_keys = num_keys;
+            args.heads = heads;
+            args.kv_heads = kv_heads;
+            args.dim = dim;
+            args.block_size = block_size;
+            args.table_stride = table_stride;
+            args.query_sequence = query_sequence;
+            args.query_row = query_row;
+            args.query_head = query_head;
+            args.out_sequence = out_sequence;
+            args.out_row = out_row;
+            args.window = window;
+            args.scale = scale;
+            args.softcap = softcap;
+            args.wide_table = wide_table;
+            args.causal = causal;
+            args.dtype = static_cast<mm::DType>(dtype);
+            maybe_unlocked(work, [&] { mm::ops().attention(args); });
         });
 }

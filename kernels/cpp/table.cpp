@@ -9,8 +9,9 @@ void silu_mul(const SiluMulArgs&);
 void rotary(const RotaryArgs&);
 void scatter(const ScatterArgs&);
 void sample(const SampleArgs&);
+void attention(const AttentionArgs&);
 
 extern const Ops table;
-const Ops table = {linear, rms_norm, silu_mul, rotary, scatter, sample};
+const Ops table = {linear, rms_norm, silu_mul, rotary, scatter, sample, attention};
 
 }  // namespace mm::MM_ISA

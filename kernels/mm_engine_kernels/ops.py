@@ -46,6 +46,9 @@ CPU_FILES: dict[str, str] = {
     "write_kv": "write_kv",
     "merge_by_position": "merge_by_position",
     "sample": "sample",
+    "paged_attention": "paged_attention",
+    "paged_decode": "paged_attention",
+    "paged_prefill": "paged_attention",
 }
 
 
@@ -197,6 +200,31 @@ def write_kv(
     _kernels[key.device.type].write_kv(key, value, key_cache, value_cache, slot_mapping)
 
 
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_lens: list[int],
+    context_lens: list[int],
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """See `reference.paged_attention`."""
+    return _kernels[query.device.type].paged_attention(
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        query_lens,
+        context_lens,
+        scale,
+        sliding_window,
+        softcap,
+    )
+
+
 def paged_decode(
     query: Tensor,
     key_cache: Tensor,
@@ -281,6 +309,7 @@ OPS = (
     "rotary",
     "silu_mul",
     "write_kv",
+    "paged_attention",
     "paged_decode",
     "paged_prefill",
     "merge_by_position",

@@ -1,0 +1,388 @@
+// Attention over a paged KV cache for a whole step, or over plain tensors.
+//
+// A unit of work is one key head, a block of queries with all the heads that share it, and a range
+// of keys; it goes through its keys tile by tile with a running softmax, as FlashAttention does
+// (arXiv:2205.14135). Where a sequence has too few blocks to occupy many threads its keys are cut
+// to ranges (Flash-Decoding), which whoever finishes the last of them puts together. How they are
+// cut depends on the sequence alone: neither its neighbours in the step nor the number of threads
+// change a digit of its result.
+#include "attention.h"
+#include "thread_pool.h"
+
+namespace mm::MM_ISA {
+namespace {
+
+constexpr int64_t ROWS = 64;         // in a block of queries with their heads
+constexpr int64_t RANGE = 4 * KEYS;  // keys that are worth a thread where there are few rows
+constexpr int64_t MANY = 64;         // units of a sequence from which on its keys aren't cut
+constexpr int64_t FEW = 2 * MR;      // up to so many rows, to pack values doesn't pay
+constexpr int64_t ALONE = 1 << 20;   // multiplications that one thread does sooner than it wakes another
+
+MM_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// How a sequence is cut, and where its units, its partial results and their counts begin.
+struct Cut {
+    int64_t first_row, num_queries, context;
+    int64_t per_block, blocks, ranges;  // queries in a block; blocks; ranges of the longest block
+    int64_t first_unit, first_partial, first_count;
+};
+
+struct Span {
+    int64_t from, to;
+};
+
+// The keys that the queries from `query` on see, `count` of them.
+MM_INLINE Span seen(const AttentionArgs& args, const Cut& cut, int64_t query, int64_t count) {
+    if (!args.causal) return {0, cut.context};
+    const int64_t position = cut.context - cut.num_queries + query;
+    const int64_t from = args.window > 0 ? larger(0, position - args.window + 1) : 0;
+    return {from, larger(from, position + count)};
+}
+
+MM_INLINE int64_t block_of_table(const AttentionArgs& args, int64_t sequence, int64_t i) {
+    const int64_t at = sequence * args.table_stride + i;
+    return args.wide_table ? static_cast<const int64_t*>(args.block_tables)[at]
+                           : static_cast<const int32_t*>(args.block_tables)[at];
+}
+
+// Where the keys and values of the tokens from `first` on lie; the last one's for those past them.
+template <class T>
+void find(
+    const AttentionArgs& args, int64_t sequence, int64_t head, int64_t first, int64_t count,
+    const T** keys, const T** values) {
+    const T* key = static_cast<const T*>(args.keys.first) + head * args.keys.head;
+    const T* value = static_cast<const T*>(args.values.first) + head * args.values.head;
+    int64_t i = 0;
+    if (args.block_tables == nullptr) {
+        key += sequence * args.keys.block + first * args.keys.token;
+        value += sequence * args.values.block + first * args.values.token;
+        for (; i < count; ++i, key += args.keys.token, value += args.values.token) {
+            keys[i] = key;
+            values[i] = value;
+        }
+    } else {
+        int64_t number = first / args.block_size, offset = first % args.block_size;
+        while (i < count) {
+            const int64_t block = block_of_table(args, sequence, number++);
+            const T* k = key + block * args.keys.block + offset * args.keys.token;
+            const T* v = value + block * args.values.block + offset * args.values.token;
+            const int64_t end = min(count, i + args.block_size - offset);
+            for (; i < end; ++i, k += args.keys.token, v += args.values.token) {
+                keys[i] = k;
+                values[i] = v;
+            }
+            offset = 0;
+        }
+    }
+    for (; i < KEYS; ++i) {
+        keys[i] = keys[count - 1];
+        values[i] = values[count - 1];
+    }
+}
+
+// The memory of one unit, of `rows` rows.
+template <class T, class Keys>
+struct Buffers {
+    static int64_t rounded(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+
+    Buffers(const AttentionArgs& args, int64_t rows) {
+        const int64_t vectors = ceil_div(args.dim, W);
+        const int64_t units = ceil_div(ceil_div(args.dim, Keys::PER_UNIT), W) * W;
+        const int64_t panels = ceil_div(args.dim, V_PANEL);
+        const int64_t sizes[] = {
+            rows * Keys::steps(args.dim) * 4, units * Keys::PER_UNIT * COLUMNS * 4,
+            rows * KEYS * 4, rows * vectors * W * 4, rows * static_cast<int64_t>(sizeof(Met)),
+            rows * 4, panels * V_PANEL * KEYS * 4};
+        int64_t total = 0;
+        for (const int64_t size : sizes) total += rounded(size);
+        char* at = static_cast<char*>(scratch(1, total));
+        void* parts[7];
+        for (int i = 0; i < 7; ++i) {
+            parts[i] = at;
+            at += rounded(sizes[i]);
+        }
+        queries = static_cast<typename Keys::A*>(parts[0]);
+        panel = static_cast<typename Keys::B*>(parts[1]);
+        scores = static_cast<float*>(parts[2]);
+        sums = static_cast<float*>(parts[3]);
+        met = static_cast<Met*>(parts[4]);
+        factors = static_cast<float*>(parts[5]);
+        values = parts[6];
+    }
+
+    typename Keys::A* queries;  // by strips
+    typename Keys::B* panel;    // keys
+    float* scores;              // [rows, KEYS]
+    float* sums;                // [rows, vectors * W]: of weighted values
+    Met* met;                   // [rows]
+    float* factors;             // [rows]
+    void* values;               // packed: [panels, KEYS, V_PANEL] float, or [KEYS, vectors * W] T
+};
+
+template <class T, class Keys>
+class Step {
+  public:
+    explicit Step(const AttentionArgs& args)
+        : args_(args), weights_(args.scale, args.softcap), vectors_(ceil_div(args.dim, W)) {
+        group_ = args.heads / args.kv_heads;
+        const int64_t num = args.num_sequences;
+        int64_t partials = 0, counts = 0, work = 0;
+        cuts_ = static_cast<Cut*>(scratch(0, num * sizeof(Cut)));
+        for (int64_t s = 0; s < num; ++s) {
+            Cut& cut = cuts_[s];
+            if (args.query_starts == nullptr) {
+                cut.first_row = 0;
+                cut.num_queries = args.num_queries;
+                cut.context = args.num_keys;
+            } else {
+                cut.first_row = args.query_starts[s];
+                cut.num_queries = args.query_starts[s + 1] - cut.first_row;
+                cut.context = args.contexts[s];
+            }
+            cut.per_block = min(larger(1, ROWS / group_), larger(1, cut.num_queries));
+            cut.blocks = ceil_div(cut.num_queries, cut.per_block);
+            cut.ranges = 1;
+            if (cut.blocks * args.kv_heads < MANY)
+                for (int64_t b = 0; b < cut.blocks; ++b)
+                    cut.ranges = larger(cut.ranges, ranges_of(keys_of(cut, b)));
+            cut.first_unit = num_units_;
+            cut.first_partial = partials;
+            cut.first_count = counts;
+            num_units_ += cut.blocks * cut.ranges * args.kv_heads;
+            if (cut.ranges > 1) {
+                partials += cut.num_queries * args.heads * cut.ranges;
+                counts += cut.blocks * args.kv_heads;
+            }
+            // What is multiplied, and in its measure what it takes to read the keys.
+            const int64_t rows = cut.num_queries * group_;
+            work += args.kv_heads * args.dim * cut.context * (2 * rows + 16 * cut.blocks);
+        }
+        work_ = work;
+        partial_size_ = vectors_ * W + 2;
+        partials_ = static_cast<float*>(scratch(2, partials * partial_size_ * 4));
+        left_ = static_cast<int32_t*>(scratch(3, counts * 4 + 1));
+        for (int64_t s = 0; s < num; ++s) {
+            if (cuts_[s].ranges == 1) continue;
+            for (int64_t i = 0; i < cuts_[s].blocks * args.kv_heads; ++i)
+                left_[cuts_[s].first_count + i] = static_cast<int32_t>(cuts_[s].ranges);
+        }
+    }
+
+    void run() const {
+        auto unit = [this](int64_t index) { run_unit(index); };
+        if (work_ < ALONE) {
+            for (int64_t i = 0; i < num_units_; ++i) unit(i);
+        } else {
+            parallel(num_units_, unit);
+        }
+    }
+
+  private:
+    Span keys_of(const Cut& cut, int64_t block) const {
+        const int64_t first = block * cut.per_block;
+        return seen(args_, cut, first, min(cut.per_block, cut.num_queries - first));
+    }
+
+    static int64_t ranges_of(Span keys) { return ceil_div(keys.to - keys.from, RANGE); }
+
+    T* out(int64_t sequence, int64_t query, int64_t head) const {
+        const int64_t row = cuts_[sequence].first_row + query;
+        return static_cast<T*>(args_.out) + sequence * args_.out_sequence + row * args_.out_row +
+               head * args_.dim;
+    }
+
+    float* partial(const Cut& cut, int64_t query, int64_t head, int64_t range) const {
+        const int64_t row = (query * args_.heads + head) * cut.ranges + range;
+        return partials_ + (cut.first_partial + row) * partial_size_;
+    }
+
+    void run_unit(int64_t index) const {
+        int64_t s = 0;
+        for (int64_t end = args_.num_sequences; s + 1 < end;) {
+            const int64_t middle = (s + end) / 2;
+            (cuts_[middle].first_unit <= index ? s : end) = middle;
+        }
+        const Cut& cut = cuts_[s];
+        const int64_t unit = index - cut.first_unit;
+        const int64_t head = unit % args_.kv_heads;
+        const int64_t range = unit / args_.kv_heads % cut.ranges;
+        // The last block of queries first: it sees most, and what takes long shouldn't come last.
+        const int64_t block = cut.blocks - 1 - unit / args_.kv_heads / cut.ranges;
+        const Span all = keys_of(cut, block);
+        Span keys = all;
+        if (cut.ranges > 1) {
+            keys.from += range * RANGE;
+            keys.to = min(keys.to, keys.from + RANGE);
+        }
+        const int64_t first = block * cut.per_block;
+        const int64_t queries = min(cut.per_block, cut.num_queries - first);
+        if (all.to == all.from) {  // a row of padding
+            if (range == 0)
+                for (int64_t r = 0; r < queries * group_; ++r)
+                    __builtin_memset(
+                        out(s, first + r / group_, head * group_ + r % group_), 0,
+                        args_.dim * sizeof(T));
+            return;
+        }
+        if (keys.from < keys.to) attend(s, head, first, queries, keys, range);
+        if (cut.ranges == 1) return;
+        int32_t* left = left_ + cut.first_count + block * args_.kv_heads + head;
+        if (__atomic_sub_fetch(left, 1, __ATOMIC_ACQ_REL) == 0)
+            for (int64_t r = 0; r < queries * group_; ++r)
+                merge(s, first + r / group_, head * group_ + r % group_, ranges_of(all));
+    }
+
+    // Puts together what the ranges of a row's keys gave.
+    void merge(int64_t sequence, int64_t query, int64_t head, int64_t ranges) const {
+        const Cut& cut = cuts_[sequence];
+        const int64_t size = vectors_ * W;
+        float most = -__builtin_inff();
+        for (int64_t i = 0; i < ranges; ++i)
+            most = max(partial(cut, query, head, i)[size], most);
+        most = Weights::base(most);
+        float* sums = static_cast<float*>(scratch(1, size * 4));
+        __builtin_memset(sums, 0, size * 4);
+        float weight = 0;
+        for (int64_t i = 0; i < ranges; ++i) {
+            const float* part = partial(cut, query, head, i);
+            const float factor = Weights::of(part[size], most, weights_.unit);
+            weight += part[size + 1] * factor;
+            for (int64_t k = 0; k < size; k += W)
+                store(sums + k, load(sums + k) + load(part + k) * factor);
+        }
+        finish(sums, weight, args_.dim, out(sequence, query, head));
+    }
+
+    void attend(
+        int64_t sequence, int64_t kv_head, int64_t first, int64_t num_queries, Span keys,
+        int64_t range) const {
+        const Cut& cut = cuts_[sequence];
+        const int64_t rows = num_queries * group_;
+        const T *all_keys[2][KEYS], *all_values[2][KEYS];  // of this tile and the next
+        const int64_t first_count = min(KEYS, keys.to - keys.from);
+        find(args_, sequence, kv_head, keys.from, first_count, all_keys[0], all_values[0]);
+        // Other heads' numbers lie in between: the CPU alone doesn't see what comes next.
+        if (rows <= FEW) fetch(all_keys[0], all_values[0], first_count);
+        const Buffers<T, Keys> buffers(args_, rows);
+        const int64_t steps = Keys::steps(args_.dim);
+        // Strips of about one height: a low last one would leave the multipliers waiting.
+        const int64_t strip = ceil_div(rows, ceil_div(rows, MR));
+        const T* query = static_cast<const T*>(args_.query) + sequence * args_.query_sequence +
+                         (cut.first_row + first) * args_.query_row +
+                         kv_head * group_ * args_.query_head;
+        for (int64_t r = 0; r < rows; r += strip)
+            pack_queries(
+                [&](int64_t i) {
+                    return query + (r + i) / group_ * args_.query_row +
+                           (r + i) % group_ * args_.query_head;
+                },
+                min(strip, rows - r), args_.dim, steps, buffers.queries + r * steps);
+        __builtin_memset(buffers.sums, 0, rows * vectors_ * W * 4);
+        for (int64_t r = 0; r < rows; ++r) buffers.met[r] = {-__builtin_inff(), 0};
+
+        int turn = 0;
+        for (int64_t at = keys.from; at < keys.to; at += KEYS, turn ^= 1) {
+            const int64_t count = min(KEYS, keys.to - at);
+            const T **key_rows = all_keys[turn], **value_rows = all_values[turn];
+            if (at + KEYS < keys.to) {
+                const int64_t next = min(KEYS, keys.to - at - KEYS);
+                find(
+                    args_, sequence, kv_head, at + KEYS, next, all_keys[turn ^ 1],
+                    all_values[turn ^ 1]);
+                if (rows <= FEW) fetch(all_keys[turn ^ 1], all_values[turn ^ 1], next);
+            }
+            for (int64_t column = 0; column < count; column += COLUMNS) {
+                pack_keys<Keys>(key_rows + column, args_.dim, buffers.panel);
+                for (int64_t r = 0; r < rows; r += strip)
+                    with_rows(min(strip, rows - r), [&](auto m) {
+                        constexpr int M = decltype(m)::value;
+                        constexpr int N = vectors_at_once(M, COLUMNS / W);
+                        for (int64_t j = 0; j < COLUMNS; j += N * W)
+                            multiply_keys<Keys, M, N>(
+                                buffers.queries + r * steps, buffers.panel + j, steps,
+                                buffers.scores + r * KEYS + column + j);
+                    });
+            }
+            for (int64_t r = 0; r < rows; ++r) {
+                const Span own = seen(args_, cut, first + r / group_, 1);
+                buffers.factors[r] = weigh(
+                    buffers.scores + r * KEYS, count, larger(0, own.from - at),
+                    min(count, larger(0, own.to - at)), weights_, buffers.met + r);
+            }
+            add(buffers, rows, strip, value_rows, count);
+        }
+
+        for (int64_t r = 0; r < rows; ++r) {
+            const float* sums = buffers.sums + r * vectors_ * W;
+            const Met& met = buffers.met[r];
+            const int64_t q = first + r / group_, head = kv_head * group_ + r % group_;
+            if (cut.ranges == 1) {
+                finish(sums, met.sum, args_.dim, out(sequence, q, head));
+            } else {
+                float* part = partial(cut, q, head, range);
+                __builtin_memcpy(part, sums, vectors_ * W * 4);
+                part[vectors_ * W] = met.largest;
+                part[vectors_ * W + 1] = met.sum;
+            }
+        }
+    }
+
+    void fetch(const T* const* keys, const T* const* values, int64_t count) const {
+        constexpr int64_t LINE = 64 / sizeof(T);
+        for (int64_t k = 0; k < count; ++k)
+            for (int64_t i = 0; i < args_.dim; i += LINE) {
+                __builtin_prefetch(keys[k] + i);
+                __builtin_prefetch(values[k] + i);
+            }
+    }
+
+    // Adds a tile's weighted values to the sums.
+    void add(
+        const Buffers<T, Keys>& buffers, int64_t rows, int64_t strip, const T** value_rows,
+        int64_t count) const {
+        auto add_from = [&](auto values) {
+            for (int64_t r = 0; r < rows; r += strip)
+                with_rows(min(strip, rows - r), [&](auto m) {
+                    add_all_values<decltype(m)::value>(
+                        buffers.scores + r * KEYS, values, count, buffers.factors + r,
+                        buffers.sums + r * vectors_ * W, vectors_);
+                });
+        };
+        if (rows > FEW) {
+            float* packed = static_cast<float*>(buffers.values);
+            pack_values(value_rows, count, args_.dim, packed);
+            add_from(Panels{packed});
+            return;
+        }
+        if (args_.dim % W != 0) {  // vectors would reach past the last number of the cache
+            T* copies = static_cast<T*>(buffers.values);
+            const int64_t size = vectors_ * W;
+            for (int64_t k = 0; k < count; ++k) {
+                __builtin_memcpy(copies + k * size, value_rows[k], args_.dim * sizeof(T));
+                __builtin_memset(
+                    copies + k * size + args_.dim, 0, (size - args_.dim) * sizeof(T));
+                value_rows[k] = copies + k * size;
+            }
+        }
+        add_from(Rows<T>{value_rows, 0});
+    }
+
+    const AttentionArgs& args_;
+    const Weights weights_;
+    int64_t vectors_, group_, num_units_ = 0, work_, partial_size_;
+    Cut* cuts_;
+    float* partials_;
+    int32_t* left_;
+};
+
+}  // namespace
+
+void attention(const AttentionArgs& args) {
+    if (args.dtype == DType::f32) {
+        Step<float, Floats>(args).run();
+    } else {
+        Step<bf16, HalfKeys>(args).run();
+    }
+}
+
+}  // namespace mm::MM_ISA
