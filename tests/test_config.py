@@ -96,6 +96,7 @@ def test_speculation_is_said_in_one_place(options: dict[str, Any]) -> None:
         *((name, name) for name in ATTENTION_BACKENDS),
         ("FLASH_ATTN", "flash-attn"),  # as vLLM writes them
         ("TRITON_ATTN", "triton"),
+        ("CPU_ATTN", "cpu"),
         ("TORCH_SDPA", "torch"),
         ("Torch", "torch"),
     ],

@@ -22,9 +22,9 @@ QUANTIZATIONS = ("fp8", "int8", "int4")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")  # the last two are one, as in vLLM
 DEFAULT_LIMITS: Mapping[str, int] = {"image": 8}
 #: The attention backends by name; auto takes the first of the rest that can serve.
-ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "varlen", "torch")
+ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "varlen", "cpu", "torch")
 #: vLLM's names for them, in lower case with hyphens.
-_BACKENDS_OF_VLLM = {"triton-attn": "triton", "torch-sdpa": "torch"}
+_BACKENDS_OF_VLLM = {"triton-attn": "triton", "cpu-attn": "cpu", "torch-sdpa": "torch"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -277,10 +277,66 @@ def test_one_that_is_named_and_cannot_serve_is_refused_with_its_reason(world: Wo
         assert str(raised.value) == told
 
 
-def test_on_a_cpu_it_is_torch(world: World, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C++ kernels are built for this CPU."""
+    extension = pytest.importorskip(
+        "mm_engine_kernels.cpu.extension",
+        reason="the C++ kernels aren't built",
+        exc_type=ImportError,
+    )
+    monkeypatch.setattr(extension, "isa", lambda: "avx9")
+
+
+def test_on_a_cpu_it_is_the_cpp_kernels(
+    world: World, caplog: pytest.LogCaptureFixture, cpp: None
+) -> None:
     world()  # Triton runs under its interpreter, and is no better a choice for that
-    line = "torch: Attention: torch (the others need a CUDA card)"
-    assert chosen(caplog, "auto", card(None)) == line
+    for dtype in (torch.float32, torch.bfloat16):
+        needs = card(None, dtype=dtype, head_dim=37, softcap=30.0, block_size=3)
+        assert chosen(caplog, "auto", needs) == "cpu: Attention: cpu avx9"
+
+
+@pytest.mark.parametrize(
+    ("needs", "reason"),
+    [
+        (
+            card(None, dtype=torch.float16),
+            "cpu takes bfloat16 and float32, not float16: --dtype bfloat16",
+        ),
+        (
+            card(None, kv_dtype=torch.float8_e4m3fn),
+            "cpu can't read a KV cache of float8_e4m3fn",
+        ),
+    ],
+    ids=["float16", "fp8-cache"],
+)
+def test_on_a_cpu_what_the_cpp_kernels_do_not_take_is_torchs(
+    world: World, caplog: pytest.LogCaptureFixture, needs: Needs, reason: str
+) -> None:
+    world()
+    assert chosen(caplog, "auto", needs) == f"torch: Attention: torch ({reason})"
+    with pytest.raises(StartupError, match=f"here: {reason}. Change that, or use auto"):
+        choose("cpu", needs)
+
+
+def test_on_a_cpu_without_the_cpp_kernels_it_is_torch_and_the_log_says_so(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world()
+
+    def missing(device_type: str) -> None:
+        raise ops.Unavailable("the C++ kernels can't be loaded: install a wheel")
+
+    monkeypatch.setitem(ops.LOADERS, "cpp", missing)
+    line = "torch (cpu can't run: the C++ kernels can't be loaded: install a wheel)"
+    assert chosen(caplog, "auto", card(None)) == f"torch: Attention: {line}"
+
+
+def test_on_a_card_what_is_for_cpus_is_refused(world: World) -> None:
+    world()
+    with pytest.raises(StartupError, match="here: cpu runs on a CPU only. Change that"):
+        choose("cpu", card())
 
 
 @pytest.mark.parametrize("name", ["flash-attn", "varlen"])

@@ -293,7 +293,9 @@ def test_blocks_are_rounded_up_to_what_the_backend_takes(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TorchAttention, "block_multiple", 3)
-    config = make_config(runner.opened.ctx.checkpoint, load_format="dummy")
+    config = make_config(
+        runner.opened.ctx.checkpoint, attention_backend="torch", load_format="dummy"
+    )
     assert ModelRunner(open_model(config), config).block_size == 6
 
 

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from mm_engine.attention.backend import Attention, AttentionBackend, Needs, block_size_of
+from mm_engine.attention.cpu_paged import CpuAttention
 from mm_engine.attention.flash_attn import FlashAttention
 from mm_engine.attention.probe import fault_of
 from mm_engine.attention.torch_sdpa import TorchAttention
@@ -17,14 +18,19 @@ from mm_engine.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
-#: In the order in which auto tries them. varlen stands behind Triton since it doesn't split the
-#: context of a decode among the card's processors.
+#: All that can be named.
 BACKENDS: tuple[type[AttentionBackend], ...] = (
     FlashAttention,
     TritonAttention,
     VarlenAttention,
+    CpuAttention,
     TorchAttention,
 )
+#: Those that auto tries on a CPU and elsewhere, best first. varlen stands behind Triton since it
+#: doesn't split the context of a decode among the card's processors. Triton runs on a CPU under its
+#: interpreter, and is no better a choice for that.
+ON_CPU: tuple[type[AttentionBackend], ...] = (CpuAttention, TorchAttention)
+ON_CARD = tuple(backend for backend in BACKENDS if backend is not CpuAttention)
 
 
 def needs_of(
@@ -47,12 +53,10 @@ def choose(name: str, needs: Needs) -> AttentionBackend:
         StartupError: no backend is called so, or this one can't serve; says why.
     """
     name = backend_name(name)
-    if name == "auto" and needs.device.type == "cpu":
-        return _say(TorchAttention(), needs, "the others need a CUDA card")
+    auto = ON_CPU if needs.device.type == "cpu" else ON_CARD
+    candidates = auto if name == "auto" else [one for one in BACKENDS if one.name == name]
     reasons: list[str] = []
-    for backend in BACKENDS:
-        if name not in ("auto", backend.name):
-            continue
+    for backend in candidates:
         reason = backend.unfit(needs)
         if reason is None:
             made = backend()
