@@ -10,7 +10,7 @@
 namespace mm::MM_ISA {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(MM_EMULATE)
 constexpr int MR = 12, MAX_SUMS = 24;  // rows in a strip; vectors of sums in registers
 #elif defined(__AVX2__)
 constexpr int MR = 6, MAX_SUMS = 12;
@@ -105,7 +105,7 @@ struct Pairs {
         store_as(panel + unit * COLUMNS, key);
     }
     MM_INLINE int64_t steps(int64_t dim) { return (dim + 1) / 2; }
-    MM_INLINE vf add(vf sum, vu key, A query) { return dot(sum, key, query); }
+    MM_INLINE vf add(vf sum, vu key, A query) { return dot(sum, key, query + vu{}); }
     MM_INLINE vu load_key(const B* b) { return load_as<vu>(b); }
 };
 using HalfKeys = Pairs;

@@ -17,7 +17,7 @@ namespace {
 
 template <int... J>
 struct Lanes {};
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(MM_EMULATE)
 using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
 #elif defined(__AVX2__)
 using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;

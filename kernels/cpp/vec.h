@@ -74,9 +74,9 @@ MM_INLINE vf load(const bf16* p) {
     const vh v = load_as<vh>(p);
     // The intrinsics are one instruction each; GCC makes five of the conversion. (The one with a
     // mask, since GCC 12 warns of its own header about the one without.)
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(MM_EMULATE)
     const vu words = (vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(MM_EMULATE)
     const vu words = (vu)_mm256_cvtepu16_epi32((__m128i)v);
 #else
     const vu words = __builtin_convertvector(v, vu);
