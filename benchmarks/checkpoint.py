@@ -39,14 +39,15 @@ def make_checkpoint(
     *,
     vision: Mapping[str, int] = VISION_SIZES,
     text: Mapping[str, int] = TEXT_SIZES,
+    image_size: int = 336,
 ) -> Path:
     """Write the checkpoint to `path` (1.4 GB, bfloat16) unless one is there already.
 
-    Other sizes of its layers make a smaller one of the same tokens: 576 for an image.
+    Other sizes make a smaller one. An image takes 576 tokens if it has 336 pixels a side.
     """
     if (path / "model.safetensors").is_file():
         return path
-    config = make_config(path, vision=vision, text=text)
+    config = make_config(path, vision=vision, text=text, image_size=image_size)
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
     model.save_pretrained(path)
