@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
@@ -17,6 +20,7 @@ from transformers import (
 )
 
 VOCAB_SIZE = 32064
+NEW_NAME = re.compile(r"^vision_tower\.(?!vision_model\.)(.*)")
 IMAGE_TOKEN = 32000
 VISION_SIZES = {
     "hidden_size": 1024,
@@ -45,13 +49,32 @@ def make_checkpoint(
 
     Other sizes make a smaller one. An image takes 576 tokens if it has 336 pixels a side.
     """
-    if (path / "model.safetensors").is_file():
+    weights = path / "model.safetensors"
+    if weights.is_file():
+        use_hub_names(weights)
         return path
     config = make_config(path, vision=vision, text=text, image_size=image_size)
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
     model.save_pretrained(path)
+    use_hub_names(weights)
     return path
+
+
+def use_hub_names(weights: Path) -> None:
+    """Give the tower's tensors the names that LLaVA's checkpoints on the Hub have.
+
+    transformers writes newer ones, which it reads as well as those, but not every engine does.
+    """
+    with safe_open(weights, "pt") as file:
+        known = file.keys()
+    names = {name: NEW_NAME.sub(r"vision_tower.vision_model.\1", name) for name in known}
+    if all(name == new_name for name, new_name in names.items()):
+        return
+    tensors = {names[name]: tensor for name, tensor in load_file(weights).items()}
+    new = weights.with_suffix(".new")
+    save_file(tensors, new, {"format": "pt"})
+    new.replace(weights)
 
 
 def make_config(

@@ -128,8 +128,9 @@ def test_this_engine_and_transformers_answer_alike(peers: Callable[..., Any]) ->
         ratio = ours / theirs if row["higher_is_better"] else theirs / ours
         assert row["ratios"]["transformers"] == pytest.approx(ratio)
         assert row["missing"]["vLLM"] == "no --vllm PATH was given"
-    tokens = found["decode 1"]["details"]["first_token"]
-    assert tokens["mm-engine"] == tokens["transformers"]
+    for key in ("decode 1", "image"):
+        tokens = found[key]["details"]["first_token"]
+        assert tokens["mm-engine"] == tokens["transformers"], key
     assert 100 < found["memory"]["medians"]["mm-engine"] < 4000  # MiB: torch, a tiny model
 
 
@@ -196,10 +197,10 @@ def test_a_section_that_breaks_costs_no_other(
 def test_an_engine_that_takes_too_long_is_ended(
     drivers: Callable[..., Path], tmp_path: Path
 ) -> None:
-    child = (
-        "import subprocess; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    )
-    drivers(vllm=f"{child}; time.sleep(60)")
+    note = tmp_path / "child"
+    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    told = f"open({str(note)!r}, 'w').write(str({child}.pid))"
+    drivers(vllm=f"import subprocess; {told}; time.sleep(60)")
     client = part("client")
     peer = client.Peer(sys.executable, "run_vllm.py", {}, tmp_path / "log")
     assert peer.ask("load", 60.0, kv_bytes=1)["kv_bytes"] == 1
@@ -210,8 +211,17 @@ def test_an_engine_that_takes_too_long_is_ended(
         peer.ask("answer", 2.0, prompts=[], num_tokens=1, images=[], image_size=1)
     assert time.monotonic() - start < 30
     assert not process.is_running() and not peer.alive
+    assert ended(int(note.read_text()))
     with pytest.raises(client.PeerError, match="can't be run"):
         client.Peer("/nowhere/python", "run_vllm.py", {}, tmp_path / "log")
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is gone or a zombie, which only its parent can end."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_turns_rotate_and_drop_what_fails() -> None:

@@ -77,9 +77,16 @@ class Bench:
         """One measurement of every engine."""
         return {name: lambda _, name=name: figure(name) for name in self.fleet.names()}
 
-    def images(self, count: int) -> list[int]:
-        """Seeds of pictures that nobody has seen."""
-        return list(itertools.islice(self.seeds, count))
+    def each_with_images(
+        self, count: int, figure: Callable[[str, list[int]], float]
+    ) -> dict[str, Callable[[int], float]]:
+        """The same with seeds of pictures: in a round the same for all, and seen by none before."""
+        first = next(self.seeds) * 100_000
+
+        def measurement(name: str) -> Callable[[int], float]:
+            return lambda round_: figure(name, [first + round_ * count + i for i in range(count)])
+
+        return {name: measurement(name) for name in self.fleet.names()}
 
 
 def launch(bench: Bench) -> None:
@@ -144,11 +151,12 @@ def image(bench: Bench) -> None:
     row = bench.row("image", name, "s", higher=False, floor=floor)
     row.missing.setdefault(LLAMA_CPP, NO_TOWER)
 
-    def seconds(name: str) -> float:
-        answer = bench.fleet.ask(name, [prompt], 1, images=bench.images(1))
+    def seconds(name: str, seeds: list[int]) -> float:
+        answer = bench.fleet.ask(name, [prompt], 1, images=seeds)
+        row.details.setdefault("first_token", {})[name] = answer["first_tokens"][0]
         return first_seconds(answer, 1)
 
-    bench.turns(row, bench.each(seconds), 1.0)
+    bench.turns(row, bench.each_with_images(1, seconds), 1.0)
 
 
 def decode(bench: Bench) -> None:
@@ -198,11 +206,10 @@ def requests(bench: Bench) -> None:
     row.missing.setdefault(LLAMA_CPP, NO_TOWER)
     prompts = [sizes.image_ids(sizes.request_text)] * count
 
-    def seconds(name: str) -> float:
-        answer = bench.fleet.ask(name, prompts, num_tokens, images=bench.images(count))
-        return last_seconds(answer)
+    def seconds(name: str, seeds: list[int]) -> float:
+        return last_seconds(bench.fleet.ask(name, prompts, num_tokens, images=seeds))
 
-    bench.turns(row, bench.each(seconds), 1.0)
+    bench.turns(row, bench.each_with_images(count, seconds), 1.0)
 
 
 def memory(bench: Bench) -> None:
