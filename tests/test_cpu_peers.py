@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -109,7 +110,9 @@ def rows(record: dict[str, Any]) -> dict[str, Any]:
     return {row["key"]: row for section in record["sections"].values() for row in section["rows"]}
 
 
-def test_this_engine_and_transformers_answer_alike(peers: Callable[..., Any]) -> None:
+def test_this_engine_and_transformers_answer_alike(
+    peers: Callable[..., Any], checkpoint: Path
+) -> None:
     """The real ones, in processes of their own."""
     record = peers("--sections", "decode", "image", "memory", "--threads", "1")
     assert record["benchmark"] == "cpu_peers" and record["dtype"] == "float32"
@@ -132,6 +135,10 @@ def test_this_engine_and_transformers_answer_alike(peers: Callable[..., Any]) ->
         tokens = found[key]["details"]["first_token"]
         assert tokens["mm-engine"] == tokens["transformers"], key
     assert 100 < found["memory"]["medians"]["mm-engine"] < 4000  # MiB: torch, a tiny model
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        known = file.keys()
+    towers = {".".join(name.split(".")[:2]) for name in known if name.startswith("vision")}
+    assert towers == {"vision_tower.vision_model"}  # as on the Hub: vLLM knows no other
 
 
 def test_all_sections_run_and_one_that_fails_says_why(
@@ -217,11 +224,16 @@ def test_an_engine_that_takes_too_long_is_ended(
 
 
 def ended(pid: int) -> bool:
-    """Whether a process is gone or a zombie, which only its parent can end."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+    """Whether a process is gone, or a zombie, before long."""
+    deadline = time.monotonic() + 20  # less than the process would go on
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_turns_rotate_and_drop_what_fails() -> None:
