@@ -29,6 +29,10 @@ class Packed(Protocol):
         """Of memory that it takes."""
         ...
 
+    def weight(self) -> Tensor:
+        """The weight as it was, `[N, K]`."""
+        ...
+
     def __call__(
         self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:

@@ -109,6 +109,18 @@ def test_packing_gives_the_plain_weight_up() -> None:
     assert block.fused.packed is not None and block.last.packed is not None
 
 
+@needs_kernels
+def test_a_packed_weight_comes_back_to_be_loaded_into() -> None:
+    block = Block()
+    weights = {name: noise(*tensor.shape) for name, tensor in weights_of(block).items()}
+    load_into(block, weights.items(), {})
+    pack_linears(block)
+    assert block.fused.packed is not None
+    back = weights_of(block)
+    assert block.fused.packed is None
+    assert all(torch.equal(back[name], tensor) for name, tensor in weights.items())
+
+
 def test_other_dtypes_stay_as_they_are() -> None:
     layer = make_layer(8, bias=False).half()
     before = layer.weight.clone()

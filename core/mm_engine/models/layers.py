@@ -73,6 +73,12 @@ class Linear(nn.Module):
             if self.packed is not None:
                 self._give_up(plain)
 
+    def unpack(self) -> None:
+        """Have the plain weight again, to load into; a quantised one can't be had."""
+        if self.packed is not None:
+            self.weight = nn.Parameter(self.packed.weight(), requires_grad=False)
+            self.packed = None
+
     def _give_up(self, plain: Tensor) -> None:
         self.num_packed = plain.numel()
         self.weight = nn.Parameter(torch.empty(0, dtype=plain.dtype), requires_grad=False)

@@ -59,11 +59,14 @@ class Target:
 def weight_targets(model: nn.Module) -> dict[str, Target]:
     """Every tensor that a checkpoint may name, and where it goes.
 
-    The parts of a fused `Linear` are named as the layers that they were before fusing.
+    The parts of a fused `Linear` are named as the layers that they were before fusing. What was
+    packed is unpacked.
     """
     targets: dict[str, Target] = {}
     public = checkpoint_names(model)
     for module_name, module in model.named_modules():
+        if isinstance(module, Linear):
+            module.unpack()
         if isinstance(module, Linear) and module.parts:
             parent = module_name.rpartition(".")[0]
             start = 0

@@ -68,6 +68,10 @@ class PackedLinear:
         """Of memory that the weight takes."""
         return self.data.nbytes
 
+    def weight(self) -> Tensor:
+        """The weight as it was, `[rows, columns]`."""
+        return self.weight_rows(torch.arange(self.rows))
+
     def weight_rows(self, rows: Tensor) -> Tensor:
         """The rows `rows` `[N]` of the weight, as they were: `[N, columns]`.
 
