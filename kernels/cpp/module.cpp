@@ -173,4 +173,23 @@ NB_MODULE(_cpu, m) {
             args.dtype = static_cast<mm::DType>(dtype);
             maybe_unlocked(work, [&] { mm::ops().attention(args); });
         });
+    m.def(
+        "quantize_linear", [](Address weight, Address out, Address scales, int64_t n, int64_t k,
+                              int64_t stride, int dtype, int bits) {
+            const mm::QuantizeArgs args{
+                at<const void>(weight), at<void>(out), at<void>(scales), n, k, stride,
+                static_cast<mm::DType>(dtype), bits};
+            nb::gil_scoped_release release;
+            mm::ops().quantize_linear(args);
+        });
+    m.def(
+        "linear_quantized", [](Address x, Address weight, Address scales, Address bias,
+                               Address out, int64_t rows, int64_t n, int64_t k, int64_t x_stride,
+                               int dtype, int bits) {
+            const mm::QuantizedLinearArgs args{
+                at<const void>(x), at<const void>(weight), at<const void>(scales),
+                at<const void>(bias), at<void>(out), rows, n, k, x_stride,
+                static_cast<mm::DType>(dtype), bits};
+            maybe_unlocked(rows * n * k, [&] { mm::ops().linear_quantized(args); });
+        });
 }

@@ -108,6 +108,29 @@ struct AttentionArgs {
     DType dtype;
 };
 
+// Quantises weight [N, K], whose rows lie `stride` numbers apart, to `bits` (8 or 4): bytes `out` and
+// bfloat16 `scales` as quantize_linear.cpp lays them out.
+struct QuantizeArgs {
+    const void* weight;
+    void* out;
+    void* scales;
+    int64_t n, k, stride;
+    DType dtype;
+    int bits;
+};
+
+// out [M, N] = x [M, K] by a weight that `quantize_linear` made, plus bias [N], which may be null.
+struct QuantizedLinearArgs {
+    const void* x;
+    const void* weight;
+    const void* scales;
+    const void* bias;
+    void* out;
+    int64_t m, n, k, x_stride;
+    DType dtype;
+    int bits;
+};
+
 struct Ops {
     void (*linear)(const LinearArgs&);
     void (*rms_norm)(const RmsNormArgs&);
@@ -116,6 +139,8 @@ struct Ops {
     void (*scatter)(const ScatterArgs&);
     void (*sample)(const SampleArgs&);
     void (*attention)(const AttentionArgs&);
+    void (*quantize_linear)(const QuantizeArgs&);
+    void (*linear_quantized)(const QuantizedLinearArgs&);
 };
 
 // The sets that this file was built for, best first, of those that this CPU has.

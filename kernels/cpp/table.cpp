@@ -10,8 +10,12 @@ void rotary(const RotaryArgs&);
 void scatter(const ScatterArgs&);
 void sample(const SampleArgs&);
 void attention(const AttentionArgs&);
+void quantize_linear(const QuantizeArgs&);
+void linear_quantized(const QuantizedLinearArgs&);
 
 extern const Ops table;
-const Ops table = {linear, rms_norm, silu_mul, rotary, scatter, sample, attention};
+const Ops table = {
+    linear, rms_norm, silu_mul, rotary, scatter, sample, attention, quantize_linear,
+    linear_quantized};
 
 }  // namespace mm::MM_ISA

@@ -108,3 +108,19 @@ def attention(
     dtype: int,
     work: int,
 ) -> None: ...
+def quantize_linear(
+    weight: int, out: int, scales: int, n: int, k: int, stride: int, dtype: int, bits: int
+) -> None: ...
+def linear_quantized(
+    x: int,
+    weight: int,
+    scales: int,
+    bias: int,
+    out: int,
+    rows: int,
+    n: int,
+    k: int,
+    x_stride: int,
+    dtype: int,
+    bits: int,
+) -> None: ...

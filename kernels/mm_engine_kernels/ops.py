@@ -39,6 +39,8 @@ TRITON_FILES = {
 #: The file in cpu/ of each op that has a kernel there.
 CPU_FILES: dict[str, str] = {
     "pack_linear": "linear",
+    "quantize_linear": "quantized",
+    "linear_quantized": "quantized",
     "rms_norm": "rms_norm",
     "add_rms_norm": "rms_norm",
     "silu_mul": "silu_mul",
@@ -173,6 +175,18 @@ def pack_linear(weight: Tensor) -> reference.Packed | None:
     return packed
 
 
+def quantize_linear(weight: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
+    """See `reference.quantize_linear`."""
+    made: tuple[Tensor, Tensor] | None = _kernels[weight.device.type].quantize_linear(weight, bits)
+    return made
+
+
+def linear_quantized(x: Tensor, data: Tensor, scales: Tensor, rows: int, bits: int) -> Tensor:
+    """`x` `[M, K]` by what `quantize_linear` made of a weight of so many rows: `[M, rows]`."""
+    product: Tensor = _kernels[x.device.type].linear_quantized(x, data, scales, rows, bits)
+    return product
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`."""
     return _kernels[x.device.type].rms_norm(x, weight, eps)
@@ -304,6 +318,7 @@ def sample(
 
 OPS = (
     "pack_linear",
+    "quantize_linear",
     "rms_norm",
     "add_rms_norm",
     "rotary",

@@ -45,6 +45,13 @@ def pack_linear(weight: Tensor) -> Packed | None:
     return None
 
 
+def quantize_linear(weight: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
+    """`weight` `[N, K]` in 8 or 4 bits: bytes and scales in a layout of the device's own, for
+    `linear_quantized`; None: the device has no kernels for it.
+    """
+    return None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, computed in float32 (arXiv:1910.07467)."""
     wide = x.float()

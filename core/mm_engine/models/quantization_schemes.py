@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from mm_engine_kernels import quantized
+from mm_engine_kernels import ops, quantized
 from torch import Tensor
 
 from mm_engine.errors import StartupError
@@ -221,6 +221,33 @@ class CudaInt4(Int4):
         return out.to(x.dtype)
 
 
+class OwnKernels:
+    """Kernels of ours: groups of 32 columns share a scale, activations are made 8 bits."""
+
+    def __init__(self, name: str, bits: int, device: torch.device) -> None:
+        self.name = name
+        self.bits = bits
+        self.device = device
+
+    def refusal(self, rows: int, columns: int) -> str | None:
+        """None: any shape will do."""
+        return None
+
+    def quantize(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Bytes and scales in the kernels' layout, and an empty tensor of N rows, which tells N."""
+        made = ops.quantize_linear(weight, self.bits)
+        assert made is not None  # `make_scheme` has tried its dtype
+        return *made, weight.new_empty(len(weight), 0)
+
+    def linear(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+        """See `Scheme.linear`."""
+        data, scales, rows = packed
+        return ops.linear_quantized(x, data, scales, len(rows), self.bits)
+
+
+#: Bits of the schemes that our own kernels may have.
+BITS = {"int8": 8, "int4": 4}
+
 #: By scheme and type of device: the class, and the least compute capability of a card.
 SCHEMES: dict[tuple[str, str], tuple[Callable[[torch.device], Scheme], tuple[int, int]]] = {
     ("fp8", "cpu"): (ScaledMMFp8, (0, 0)),
@@ -248,9 +275,11 @@ def make_scheme(name: str | None, device: torch.device, dtype: torch.dtype) -> S
             f"capability {own[0]}.{own[1]}, and {name} needs {capability[0]}.{capability[1]}. "
             f"Use --quantization {others}, or none."
         )
+    weight = torch.linspace(-1, 1, 64 * 128, device=device).view(64, 128).to(dtype)
+    if name in BITS and ops.quantize_linear(weight, BITS[name]) is not None:
+        return OwnKernels(name, BITS[name], device)
     scheme = make(device)
     try:
-        weight = torch.linspace(-1, 1, 64 * 128, device=device).view(64, 128).to(dtype)
         scheme.linear(weight[:2], scheme.quantize(weight)).sum().item()
     except (RuntimeError, NotImplementedError) as error:
         cause = str(error).split("\n", 1)[0]

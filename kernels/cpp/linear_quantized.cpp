@@ -1,0 +1,246 @@
+// x [M, K] by a weight of 8 or 4 bits, whose 32 neighbours in K share a scale; x is quantised to
+// 8 bits on the way, 32 neighbours of a row by their largest. (As llama.cpp's Q8_0 and Q4_0 do.)
+//
+// A result's terms are summed in one order, whatever the number of rows: a row's result doesn't
+// depend on its neighbours. See pack.h for the layout.
+#include "dot8.h"
+#include "thread_pool.h"
+
+namespace mm::MM_ISA {
+namespace {
+
+constexpr int PANEL = 16, NV = PANEL / W;
+constexpr int GROUP = 32, STEPS = GROUP / 4;  // of K; 32 bits of activations hold four
+#if defined(__AVX512F__) || defined(MM_EMULATE)
+constexpr int MR = 6, MAX_P = 2;  // 12 vectors of whole numbers and 12 of sums
+#elif defined(__AVX2__)
+constexpr int MR = 2, MAX_P = 1;  // 4 and 4 of 16 registers
+#elif defined(__aarch64__)
+constexpr int MR = 3, MAX_P = 1;
+#else
+constexpr int MR = 1, MAX_P = 1;
+#endif
+constexpr int64_t CHUNK = 1 << 15;   // bytes of weight that a thread claims where rows are few
+constexpr int64_t MANY_ROWS = 48;    // of which a panel is read once
+constexpr int64_t MAX_ROWS = 1024;   // quantised at once
+constexpr int64_t ALONE = 1 << 13;   // numbers that one thread quantises sooner than it wakes another
+
+// A strip's activations: [groups][STEPS][m] of four bytes, and for each group and row the scale
+// and what is to be taken off the whole number that comes out.
+struct Strip {
+    const uint32_t* x;
+    const float* scales;
+    const float* offsets;
+};
+
+struct Bytes {
+    static constexpr int WORDS = STEPS * PANEL;  // 32-bit words of a panel's group
+    static constexpr float OFFSET = SHIFT;
+    template <int M, int V>
+    MM_INLINE void add(const uint32_t* const* w, const uint32_t* x, vi (&sums)[M][V]) {
+        for (int step = 0; step < STEPS; ++step)
+#pragma GCC unroll 4
+            for (int j = 0; j < V; ++j) {
+                const vu weights = load_as<vu>(w[j / NV] + step * PANEL + j % NV * W);
+#pragma GCC unroll 6
+                for (int i = 0; i < M; ++i)
+                    sums[i][j] = dot_bytes(sums[i][j], weights, x[step * M + i] + vu{});
+            }
+    }
+};
+
+struct Nibbles {
+    static constexpr int WORDS = STEPS / 2 * PANEL;
+    static constexpr float OFFSET = 8;
+    template <int M, int V>
+    MM_INLINE void add(const uint32_t* const* w, const uint32_t* x, vi (&sums)[M][V]) {
+        for (int step = 0; step < STEPS; step += 2)
+#pragma GCC unroll 4
+            for (int j = 0; j < V; ++j) {
+                const vu both = load_as<vu>(w[j / NV] + step / 2 * PANEL + j % NV * W);
+                const vu low = both & 0x0f0f0f0fu, high = both >> 4 & 0x0f0f0f0fu;
+#pragma GCC unroll 6
+                for (int i = 0; i < M; ++i) {
+                    sums[i][j] = dot_nibbles(sums[i][j], low, x[step * M + i] + vu{});
+                    sums[i][j] = dot_nibbles(sums[i][j], high, x[(step + 1) * M + i] + vu{});
+                }
+            }
+    }
+};
+
+// The product of M rows and P panels to `tile`, whose rows are `stride` apart.
+template <class Format, int M, int P>
+void multiply(
+    const Strip& strip, const uint32_t* const* panels, const bf16* const* scales, int64_t groups,
+    float* tile, int64_t stride) {
+    constexpr int V = P * NV;
+    vf acc[M][V] = {};
+    const uint32_t* w[P];
+    for (int p = 0; p < P; ++p) w[p] = panels[p];
+    for (int64_t g = 0; g < groups; ++g) {
+        vi sums[M][V] = {};
+        for (int p = 0; p < P; ++p)
+            for (int line = 0; line < Format::WORDS; line += 16)
+                __builtin_prefetch(w[p] + 4 * Format::WORDS + line);
+        Format::template add<M, V>(w, strip.x + g * STEPS * M, sums);
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) {
+            const vf scale = load(scales[j / NV] + g * PANEL + j % NV * W);
+#pragma GCC unroll 6
+            for (int i = 0; i < M; ++i) {
+                const vf whole = __builtin_convertvector(sums[i][j], vf) - strip.offsets[g * M + i];
+                acc[i][j] += whole * (scale * strip.scales[g * M + i]);
+            }
+        }
+        for (int p = 0; p < P; ++p) w[p] += Format::WORDS;
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) store(tile + i * stride + j * W, acc[i][j]);
+}
+
+template <class Format, int P, int M = MR>
+MM_INLINE void multiply_rows(
+    int64_t m, const Strip& strip, const uint32_t* const* panels, const bf16* const* scales,
+    int64_t groups, float* tile, int64_t stride) {
+    if constexpr (M == 1) {
+        multiply<Format, 1, P>(strip, panels, scales, groups, tile, stride);
+    } else if (m == M) {
+        multiply<Format, M, P>(strip, panels, scales, groups, tile, stride);
+    } else {
+        multiply_rows<Format, P, M - 1>(m, strip, panels, scales, groups, tile, stride);
+    }
+}
+
+// Quantises `m` rows of x: bytes [groups][STEPS][m][4], scales and offsets [groups][m].
+template <class T>
+void quantize_strip(
+    const T* x, int64_t stride, int64_t m, int64_t k, int64_t groups, float offset, uint8_t* bytes,
+    float* scales, float* offsets) {
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the whole number below
+    for (int64_t i = 0; i < m; ++i)
+        for (int64_t g = 0; g < groups; ++g) {
+            float group[GROUP];
+            const int64_t count = min(GROUP, k - g * GROUP);
+            float most = 0;
+            bool finite = true;
+            for (int j = 0; j < GROUP; ++j) {
+                const float v = j < count ? widen(x[i * stride + g * GROUP + j]) : 0.0f;
+                group[j] = v;
+                const float size = v < 0 ? -v : v;
+                finite = finite & (size <= 3.4e38f);  // false for NaN as well
+                most = size > most ? size : most;
+            }
+            // Where one isn't finite, nor is the result.
+            scales[g * m + i] = finite ? most / 127.0f : __builtin_nanf("");
+            const float inverse = finite && most > 1e-30f ? 127.0f / most : 0.0f;
+            int32_t whole[GROUP];
+            for (int j = 0; j < GROUP; j += W) {
+                const vf v = (finite ? load(group + j) : vf{}) * inverse + magic;
+                store_as(whole + j, (vi)v - (vi)magic);
+            }
+            int32_t sum = 0;
+            for (int j = 0; j < GROUP; ++j) {
+                sum += whole[j];
+                bytes[((g * STEPS + j / 4) * m + i) * 4 + j % 4] = static_cast<uint8_t>(whole[j]);
+            }
+            offsets[g * m + i] = offset * static_cast<float>(sum);
+        }
+}
+
+template <class T>
+void store_tile(const QuantizedLinearArgs& args, const float* tile, int64_t stride, int64_t row,
+                int64_t rows, int64_t column, int64_t columns) {
+    const T* bias = static_cast<const T*>(args.bias);
+    for (int64_t i = 0; i < rows; ++i) {
+        T* out = static_cast<T*>(args.out) + (row + i) * args.n + column;
+        int64_t j = 0;
+        for (; j + W <= columns; j += W) {
+            vf v = load(tile + i * stride + j);
+            if (bias != nullptr) v += load(bias + column + j);
+            store(out + j, v);
+        }
+        for (; j < columns; ++j) {
+            float v = tile[i * stride + j];
+            if (bias != nullptr) v += widen(bias[column + j]);
+            narrow(v, out + j);
+        }
+    }
+}
+
+template <class T, class Format>
+void run(const QuantizedLinearArgs& args) {
+    const int64_t groups = ceil_div(args.k, GROUP), panels = ceil_div(args.n, PANEL);
+    const uint32_t* weight = static_cast<const uint32_t*>(args.weight);
+    const bf16* scales = static_cast<const bf16*>(args.scales);
+    for (int64_t first_row = 0; first_row < args.m; first_row += MAX_ROWS) {
+        const int64_t rows = min(args.m - first_row, MAX_ROWS);
+        const int64_t strips = ceil_div(rows, MR), height = ceil_div(rows, strips);
+        uint8_t* bytes = static_cast<uint8_t*>(scratch(0, rows * groups * (GROUP + 8)));
+        float* x_scales = reinterpret_cast<float*>(bytes + rows * groups * GROUP);
+        float* offsets = x_scales + rows * groups;
+        const T* x = static_cast<const T*>(args.x) + first_row * args.x_stride;
+        auto quantize = [&](int64_t strip) {
+            const int64_t row = strip * height;
+            quantize_strip(
+                x + row * args.x_stride, args.x_stride, min(height, rows - row), args.k, groups,
+                Format::OFFSET, bytes + row * groups * GROUP, x_scales + row * groups,
+                offsets + row * groups);
+        };
+        const int64_t count = ceil_div(rows, height);
+        if (rows * args.k <= ALONE) {
+            for (int64_t strip = 0; strip < count; ++strip) quantize(strip);
+        } else {
+            parallel(count, quantize);
+        }
+        const int64_t tile_rows = ceil_div(MANY_ROWS, height) * height;
+        const int64_t row_tiles = ceil_div(rows, tile_rows);
+        int64_t tile_panels = CHUNK / (groups * Format::WORDS * 4 + 1) / MAX_P * MAX_P;
+        if (tile_panels < MAX_P) tile_panels = MAX_P;
+        parallel(row_tiles * ceil_div(panels, tile_panels), [&](int64_t index) {
+            const int64_t row = index % row_tiles * tile_rows;
+            const int64_t first = index / row_tiles * tile_panels;
+            const int64_t num_rows = min(rows - row, tile_rows);
+            const int64_t num_panels = min(panels - first, tile_panels);
+            const int64_t width = num_panels * PANEL;
+            float* tile = static_cast<float*>(scratch(1, num_rows * width * 4));
+            for (int64_t p = 0; p < num_panels;) {
+                const int together = num_panels - p >= MAX_P ? MAX_P : 1;
+                const uint32_t* w[MAX_P];
+                const bf16* s[MAX_P];
+                for (int q = 0; q < together; ++q) {
+                    w[q] = weight + (first + p + q) * groups * Format::WORDS;
+                    s[q] = scales + (first + p + q) * groups * PANEL;
+                }
+                for (int64_t i = 0; i < num_rows; i += height) {
+                    const int64_t m = min(height, num_rows - i), at = (row + i) * groups;
+                    const Strip strip{
+                        reinterpret_cast<const uint32_t*>(bytes + at * GROUP), x_scales + at,
+                        offsets + at};
+                    float* out = tile + i * width + p * PANEL;
+                    if (together == MAX_P)
+                        multiply_rows<Format, MAX_P>(m, strip, w, s, groups, out, width);
+                    else
+                        multiply_rows<Format, 1>(m, strip, w, s, groups, out, width);
+                }
+                p += together;
+            }
+            store_tile<T>(
+                args, tile, width, first_row + row, num_rows, first * PANEL,
+                min(width, args.n - first * PANEL));
+        });
+    }
+}
+
+}  // namespace
+
+void linear_quantized(const QuantizedLinearArgs& args) {
+    if (args.dtype == DType::f32) {
+        args.bits == 8 ? run<float, Bytes>(args) : run<float, Nibbles>(args);
+    } else {
+        args.bits == 8 ? run<bf16, Bytes>(args) : run<bf16, Nibbles>(args);
+    }
+}
+
+}  // namespace mm::MM_ISA
