@@ -81,13 +81,14 @@ def arrive(rng: random.Random) -> Arrival:
 
 
 @pytest.fixture(scope="module")
-def llms(fixture: Fixture) -> list[LLM]:
+def llms(fixture: Fixture, request: pytest.FixtureRequest) -> list[LLM]:
     """Without overlap and with it; blocks run out, and one token is NaN."""
     made = []
+    num_ranks = request.config.getoption("--tensor-parallel-size")  # they share the heads
     for overlaps in (False, True):
         llm = fixture.llm(
             block_size=4,
-            kv_cache_memory=_cache_bytes(fixture, num_tokens=56),
+            kv_cache_memory=_cache_bytes(fixture, num_tokens=56) // num_ranks,
             max_num_batched_tokens=24,
             max_num_seqs=6,
             async_scheduling=overlaps,
