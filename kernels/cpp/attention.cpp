@@ -1,4 +1,4 @@
-// Attention over a paged KV cache for a whole step, or over plain tensors.
+// Causal attention over a paged KV cache for a whole step.
 //
 // A unit of work is one key head, a block of queries with all the heads that share it, and a range
 // of keys; it goes through its keys tile by tile with a running softmax, as FlashAttention does
@@ -33,7 +33,6 @@ struct Span {
 
 // The keys that the queries from `query` on see, `count` of them.
 MM_INLINE Span seen(const AttentionArgs& args, const Cut& cut, int64_t query, int64_t count) {
-    if (!args.causal) return {0, cut.context};
     const int64_t position = cut.context - cut.num_queries + query;
     const int64_t from = args.window > 0 ? larger(0, position - args.window + 1) : 0;
     return {from, larger(from, position + count)};
@@ -52,27 +51,17 @@ void find(
     const T** keys, const T** values) {
     const T* key = static_cast<const T*>(args.keys.first) + head * args.keys.head;
     const T* value = static_cast<const T*>(args.values.first) + head * args.values.head;
-    int64_t i = 0;
-    if (args.block_tables == nullptr) {
-        key += sequence * args.keys.block + first * args.keys.token;
-        value += sequence * args.values.block + first * args.values.token;
-        for (; i < count; ++i, key += args.keys.token, value += args.values.token) {
-            keys[i] = key;
-            values[i] = value;
+    int64_t i = 0, number = first / args.block_size, offset = first % args.block_size;
+    while (i < count) {
+        const int64_t block = block_of_table(args, sequence, number++);
+        const T* k = key + block * args.keys.block + offset * args.keys.token;
+        const T* v = value + block * args.values.block + offset * args.values.token;
+        const int64_t end = min(count, i + args.block_size - offset);
+        for (; i < end; ++i, k += args.keys.token, v += args.values.token) {
+            keys[i] = k;
+            values[i] = v;
         }
-    } else {
-        int64_t number = first / args.block_size, offset = first % args.block_size;
-        while (i < count) {
-            const int64_t block = block_of_table(args, sequence, number++);
-            const T* k = key + block * args.keys.block + offset * args.keys.token;
-            const T* v = value + block * args.values.block + offset * args.values.token;
-            const int64_t end = min(count, i + args.block_size - offset);
-            for (; i < end; ++i, k += args.keys.token, v += args.values.token) {
-                keys[i] = k;
-                values[i] = v;
-            }
-            offset = 0;
-        }
+        offset = 0;
     }
     for (; i < KEYS; ++i) {
         keys[i] = keys[count - 1];
@@ -130,15 +119,9 @@ class Step {
         cuts_ = static_cast<Cut*>(scratch(0, num * sizeof(Cut)));
         for (int64_t s = 0; s < num; ++s) {
             Cut& cut = cuts_[s];
-            if (args.query_starts == nullptr) {
-                cut.first_row = 0;
-                cut.num_queries = args.num_queries;
-                cut.context = args.num_keys;
-            } else {
-                cut.first_row = args.query_starts[s];
-                cut.num_queries = args.query_starts[s + 1] - cut.first_row;
-                cut.context = args.contexts[s];
-            }
+            cut.first_row = args.query_starts[s];
+            cut.num_queries = args.query_starts[s + 1] - cut.first_row;
+            cut.context = args.contexts[s];
             cut.per_block = min(larger(1, ROWS / group_), larger(1, cut.num_queries));
             cut.blocks = ceil_div(cut.num_queries, cut.per_block);
             cut.ranges = 1;
@@ -187,8 +170,7 @@ class Step {
 
     T* out(int64_t sequence, int64_t query, int64_t head) const {
         const int64_t row = cuts_[sequence].first_row + query;
-        return static_cast<T*>(args_.out) + sequence * args_.out_sequence + row * args_.out_row +
-               head * args_.dim;
+        return static_cast<T*>(args_.out) + (row * args_.heads + head) * args_.dim;
     }
 
     float* partial(const Cut& cut, int64_t query, int64_t head, int64_t range) const {
@@ -267,7 +249,7 @@ class Step {
         const int64_t steps = Keys::steps(args_.dim);
         // Strips of about one height: a low last one would leave the multipliers waiting.
         const int64_t strip = ceil_div(rows, ceil_div(rows, MR));
-        const T* query = static_cast<const T*>(args_.query) + sequence * args_.query_sequence +
+        const T* query = static_cast<const T*>(args_.query) +
                          (cut.first_row + first) * args_.query_row +
                          kv_head * group_ * args_.query_head;
         for (int64_t r = 0; r < rows; r += strip)

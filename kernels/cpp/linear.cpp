@@ -10,7 +10,7 @@
 // and the rows' in the second. Rows are packed by strips of MR that lie together by K.
 #include "dot.h"
 #include "thread_pool.h"
-#include "vec.h"
+#include "tile.h"
 
 namespace mm::MM_ISA {
 namespace {
@@ -176,33 +176,6 @@ MM_INLINE void pack_strip(
         }
 }
 
-template <class T>
-void finish_tile(
-    const LinearArgs& args, const float* tile, int64_t tile_stride, int64_t row, int64_t rows,
-    int64_t column, int64_t columns) {
-    const T* bias = static_cast<const T*>(args.bias);
-    for (int64_t i = 0; i < rows; ++i) {
-        const int64_t at = (row + i) * args.out_stride + column;
-        const float* sums = tile + i * tile_stride;
-        T* out = static_cast<T*>(args.out) + at;
-        const T* residual = static_cast<const T*>(args.residual);
-        if (residual != nullptr) residual += at;
-        int64_t j = 0;
-        for (; j + W <= columns; j += W) {
-            vf v = load(sums + j);
-            if (bias != nullptr) v += load(bias + column + j);
-            if (residual != nullptr) v += load(residual + j);
-            store(out + j, v);
-        }
-        for (; j < columns; ++j) {
-            float v = sums[j];
-            if (bias != nullptr) v += widen(bias[column + j]);
-            if (residual != nullptr) v += widen(residual[j]);
-            narrow(v, out + j);
-        }
-    }
-}
-
 // Panel: how the packed weight is read. Wide: how it is read once a block was widened, or Panel.
 template <class T, class Panel>
 void run(const LinearArgs& args) {
@@ -315,9 +288,14 @@ void run(const LinearArgs& args) {
                     }
             }
             const int64_t column = first_panel * PANEL;
-            finish_tile<T>(
-                args, tile, width, first_row + row, num_rows, column,
-                min(width, args.n - column));
+            const T* bias = static_cast<const T*>(args.bias);
+            const T* residual = static_cast<const T*>(args.residual);
+            const int64_t at = (first_row + row) * args.out_stride + column;
+            finish_tile(
+                tile, width, num_rows, min(width, args.n - column),
+                bias == nullptr ? bias : bias + column,
+                residual == nullptr ? residual : residual + at, static_cast<T*>(args.out) + at,
+                args.out_stride);
         });
     }
 }

@@ -5,6 +5,7 @@
 // depend on its neighbours. See pack.h for the layout.
 #include "dot8.h"
 #include "thread_pool.h"
+#include "tile.h"
 
 namespace mm::MM_ISA {
 namespace {
@@ -149,26 +150,6 @@ void quantize_strip(
         }
 }
 
-template <class T>
-void store_tile(const QuantizedLinearArgs& args, const float* tile, int64_t stride, int64_t row,
-                int64_t rows, int64_t column, int64_t columns) {
-    const T* bias = static_cast<const T*>(args.bias);
-    for (int64_t i = 0; i < rows; ++i) {
-        T* out = static_cast<T*>(args.out) + (row + i) * args.n + column;
-        int64_t j = 0;
-        for (; j + W <= columns; j += W) {
-            vf v = load(tile + i * stride + j);
-            if (bias != nullptr) v += load(bias + column + j);
-            store(out + j, v);
-        }
-        for (; j < columns; ++j) {
-            float v = tile[i * stride + j];
-            if (bias != nullptr) v += widen(bias[column + j]);
-            narrow(v, out + j);
-        }
-    }
-}
-
 template <class T, class Format>
 void run(const QuantizedLinearArgs& args) {
     const int64_t groups = ceil_div(args.k, GROUP), panels = ceil_div(args.n, PANEL);
@@ -226,9 +207,13 @@ void run(const QuantizedLinearArgs& args) {
                 }
                 p += together;
             }
-            store_tile<T>(
-                args, tile, width, first_row + row, num_rows, first * PANEL,
-                min(width, args.n - first * PANEL));
+            const T* bias = static_cast<const T*>(args.bias);
+            const T* no_residual = nullptr;
+            const int64_t column = first * PANEL;
+            finish_tile(
+                tile, width, num_rows, min(width, args.n - column),
+                bias == nullptr ? bias : bias + column, no_residual,
+                static_cast<T*>(args.out) + (first_row + row) * args.n + column, args.n);
         });
     }
 }

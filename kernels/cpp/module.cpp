@@ -134,12 +134,11 @@ NB_MODULE(_cpu, m) {
     using KeyValues = std::tuple<Address, int64_t, int64_t, int64_t>;
     m.def(
         "attention",
-        [](Address query, int64_t query_sequence, int64_t query_row, int64_t query_head,
+        [](Address query, int64_t query_row, int64_t query_head,
            const KeyValues& keys, const KeyValues& values, Address tables, int64_t table_stride,
            bool wide_table, int64_t block_size, Address query_starts, Address contexts,
-           Address out, int64_t out_sequence, int64_t out_row, int64_t num_sequences,
-           int64_t num_queries, int64_t num_keys, int64_t heads, int64_t kv_heads, int64_t dim,
-           int64_t window, float scale, float softcap, bool causal, int dtype, int64_t work) {
+           Address out, int64_t num_sequences, int64_t heads, int64_t kv_heads, int64_t dim,
+           int64_t window, float scale, float softcap, int dtype, int64_t work) {
             const auto strided = [](const KeyValues& t) {
                 return mm::KeyValues{
                     at<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
@@ -153,23 +152,17 @@ NB_MODULE(_cpu, m) {
             args.contexts = at<const int32_t>(contexts);
             args.out = at<void>(out);
             args.num_sequences = num_sequences;
-            args.num_queries = num_queries;
-            args.num_keys = num_keys;
             args.heads = heads;
             args.kv_heads = kv_heads;
             args.dim = dim;
             args.block_size = block_size;
             args.table_stride = table_stride;
-            args.query_sequence = query_sequence;
             args.query_row = query_row;
             args.query_head = query_head;
-            args.out_sequence = out_sequence;
-            args.out_row = out_row;
             args.window = window;
             args.scale = scale;
             args.softcap = softcap;
             args.wide_table = wide_table;
-            args.causal = causal;
             args.dtype = static_cast<mm::DType>(dtype);
             maybe_unlocked(work, [&] { mm::ops().attention(args); });
         });

@@ -87,12 +87,10 @@ struct KeyValues {
     int64_t block, token, head;
 };
 
-// Attention of a step's queries [T, H, D], of which sequence s owns the rows from query_starts[s]
-// below query_starts[s + 1], to the first contexts[s] tokens of the blocks in row s of
-// `block_tables` [S, table_stride], of int32 or, if wide, of int64. Without tables a block is a
-// sequence; without query_starts each has num_queries rows and num_keys keys, and its rows begin
-// query_sequence and out_sequence numbers apart. `window` and `softcap` may be 0: none. Heads of
-// the result lie together.
+// Causal attention of a step's queries [T, H, D], of which sequence s owns the rows from
+// query_starts[s] below query_starts[s + 1], to the first contexts[s] tokens of the blocks in row s
+// of `block_tables` [S, table_stride], of int32 or, if wide, of int64. `window` and `softcap` may be
+// 0: none. The result [T, H, D] lies together.
 struct AttentionArgs {
     const void* query;
     KeyValues keys, values;
@@ -100,11 +98,11 @@ struct AttentionArgs {
     const int32_t* query_starts;
     const int32_t* contexts;
     void* out;
-    int64_t num_sequences, num_queries, num_keys, heads, kv_heads, dim, block_size, table_stride;
-    int64_t query_sequence, query_row, query_head, out_sequence, out_row;
+    int64_t num_sequences, heads, kv_heads, dim, block_size, table_stride;
+    int64_t query_row, query_head;
     int64_t window;
     float scale, softcap;
-    bool wide_table, causal;
+    bool wide_table;
     DType dtype;
 };
 

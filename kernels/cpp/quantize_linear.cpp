@@ -25,41 +25,37 @@ MM_INLINE float rounded_to_bf16(float x) {
     return widen(half);
 }
 
-// The scale of 32 numbers in 8 bits: not below what the largest needs, so that none is cut off.
-MM_INLINE float scale_of_bytes(const float* w) {
-    float most = 0;
-    for (int j = 0; j < GROUP; ++j) most = size_of(w[j]) > most ? size_of(w[j]) : most;
-    const float least = most / 127.0f;
-    float scale = rounded_to_bf16(least);
-    if (scale < least) {  // one step up: the sign is plus
-        uint32_t bits;
-        __builtin_memcpy(&bits, &scale, 4);
-        bits += 0x10000;
-        __builtin_memcpy(&scale, &bits, 4);
+// The sum of squared errors of 32 numbers in this scale, as whole numbers from `low` to `high`.
+MM_INLINE float error_of(const float* w, float scale, float low, float high) {
+    const float inverse = scale == 0 ? 0.0f : 1.0f / scale;
+    float error = 0;
+    for (int j = 0; j < GROUP; ++j) {
+        float q = w[j] * inverse;
+        q = q < low ? low : q;
+        q = nearest(q > high ? high : q);
+        const float off = w[j] - q * scale;
+        error += off * off;
     }
-    return scale;
+    return error;
 }
 
-// The scale of 32 numbers in 4 bits, from -8 to 7: of some near that which gives the largest
-// number -8, the one with the least sum of squared errors.
-MM_INLINE float scale_of_nibbles(const float* w) {
+// The scale of 32 numbers: of some near that which takes the largest of them to an end of the
+// range, the one with the least error. In 8 bits these are neighbours in bfloat16, of which the
+// nearest alone would be worse than an exact one; in 4 bits the largest number, which is to be -8,
+// is taken to -6.8 to -9.05: cut off, or not to the end.
+MM_INLINE float scale_of(const float* w, int bits) {
     float most = 0;
     for (int j = 0; j < GROUP; ++j) most = size_of(w[j]) > size_of(most) ? w[j] : most;
     if (most == 0) return 0;
     float best = 0, least = __builtin_inff();
-    for (int i = 0; i < 16; ++i) {
-        // From -6.8 to -9.05: the largest may be cut off, or not reach the end.
-        const float scale = rounded_to_bf16(most / (-6.8f - 0.15f * static_cast<float>(i)));
-        const float inverse = scale == 0 ? 0.0f : 1.0f / scale;
-        float error = 0;
-        for (int j = 0; j < GROUP; ++j) {
-            float q = w[j] * inverse;
-            q = q < -8.0f ? -8.0f : q;
-            q = nearest(q > 7.0f ? 7.0f : q);
-            const float off = w[j] - q * scale;
-            error += off * off;
-        }
-        if (error < least) {
+    const int candidates = bits == 8 ? 5 : 16;
+    for (int i = 0; i < candidates; ++i) {
+        const float scale = rounded_to_bf16(
+            bits == 8 ? size_of(most) / 127.0f * (1.0f + 0.004f * static_cast<float>(i - 2))
+                      : most / (-6.8f - 0.15f * static_cast<float>(i)));
+        const float error = bits == 8 ? error_of(w, scale, -127.0f, 127.0f)
+                                      : error_of(w, scale, -8.0f, 7.0f);
+        if (error < least || i == 0) {  // the first where squares overflow
             least = error;
             best = scale;
         }
@@ -80,7 +76,7 @@ void run(const QuantizeArgs& args) {
                 const int64_t count = row < args.n ? min(GROUP, args.k - g * GROUP) : 0;
                 for (int j = 0; j < GROUP; ++j)
                     w[j] = j < count ? widen(from[g * GROUP + j]) : 0.0f;
-                const float scale = args.bits == 8 ? scale_of_bytes(w) : scale_of_nibbles(w);
+                const float scale = scale_of(w, args.bits);
                 narrow(
                     scale,
                     static_cast<bf16*>(args.scales) + (panel * groups + g) * PANEL + i);

@@ -81,7 +81,6 @@ def sample(
 ) -> None: ...
 def attention(
     query: int,
-    query_sequence: int,
     query_row: int,
     query_head: int,
     keys: tuple[int, int, int, int],
@@ -93,18 +92,13 @@ def attention(
     query_starts: int,
     contexts: int,
     out: int,
-    out_sequence: int,
-    out_row: int,
     num_sequences: int,
-    num_queries: int,
-    num_keys: int,
     heads: int,
     kv_heads: int,
     dim: int,
     window: int,
     scale: float,
     softcap: float,
-    causal: bool,
     dtype: int,
     work: int,
 ) -> None: ...

@@ -49,8 +49,6 @@ CPU_FILES: dict[str, str] = {
     "merge_by_position": "merge_by_position",
     "sample": "sample",
     "paged_attention": "paged_attention",
-    "paged_decode": "paged_attention",
-    "paged_prefill": "paged_attention",
 }
 
 
@@ -162,6 +160,15 @@ def chosen(device_type: str) -> Chosen:
     """Which kernels `device_type` runs, and why none that would be preferred."""
     _kernels[device_type]
     return _chosen[device_type]
+
+
+def set_num_threads(count: int) -> None:
+    """Let PyTorch and the CPU's kernels take so many threads from now on."""
+    torch.set_num_threads(count)
+    if chosen("cpu").name == "cpp":
+        from mm_engine_kernels.cpu import extension
+
+        extension.set_num_threads(count)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

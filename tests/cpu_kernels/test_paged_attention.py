@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mm_engine_kernels import ops
 from mm_engine_kernels.cpu import extension
-from mm_engine_kernels.cpu.paged_attention import paged_attention, paged_decode, paged_prefill
+from mm_engine_kernels.cpu.paged_attention import Plan, attend, paged_attention
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -246,12 +246,9 @@ def test_large_scores_neither_overflow_nor_vanish(isa: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decodes_with_rows_of_padding(isa: str, threads: int, dtype: torch.dtype) -> None:
     step = Step([(1, 500), (1, 7), (1, 1)], dtype=dtype)
-    contexts = torch.tensor([500, 0, 1], dtype=torch.int32)
     out = torch.full(step.query.shape, NAN, dtype=dtype)
-    caches = (step.keys, step.values)
-    got = paged_decode(
-        step.query, *caches, step.block_tables, contexts, 0.3, max_context_len=512, out=out
-    )
+    plan = Plan.of_lens(step.block_tables, [1, 1, 1], [500, 0, 1])
+    got = attend(step.query, step.keys, step.values, plan, 0.3, out=out)
     assert got is out
     expected = step.run()
     expected[1] = 0
@@ -262,18 +259,11 @@ def test_decodes_with_rows_of_padding(isa: str, threads: int, dtype: torch.dtype
 def test_prefill_leaves_the_rows_of_padding(isa: str, dtype: torch.dtype) -> None:
     step = Step(ALL_KINDS, dtype=dtype)
     rows = len(step.query)
-    starts = torch.tensor([0, *step.query_lens]).cumsum(0).to(torch.int32)
+    plan = Plan.of_lens(step.block_tables, step.query_lens, step.context_lens)
     padded = torch.cat([step.query, torch.full_like(step.query[:3], NAN)])
-    got = paged_prefill(
-        padded,
-        step.keys,
-        step.values,
-        step.block_tables,
-        starts,
-        torch.tensor(step.context_lens, dtype=torch.int32),
-        0.3,
-        max_query_len=64,
-    )
+    out = torch.full(padded.shape, 7.0, dtype=dtype)
+    got = attend(padded, step.keys, step.values, plan, 0.3, out=out)
+    assert bool((got[rows:] == 7.0).all())
     assert torch.equal(got[:rows], step.run())
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from mm_engine_kernels import _cpu
+from mm_engine_kernels import _cpu, ops
 from mm_engine_kernels.cpu.extension import num_threads, set_num_threads
 from mm_engine_kernels.cpu.linear import PackedLinear, pack_linear
 from torch import Tensor
@@ -152,3 +152,13 @@ def test_a_forked_child_has_threads_of_its_own(
         os.waitpid(child, 0)
     assert ended == [0]
     assert torch.equal(layer(rows), expected)  # and the parent has its own still
+
+
+def test_the_number_of_threads_is_pytorchs_and_ours() -> None:
+    """Ranks on one machine share its cores: neither may go on with all of them."""
+    before = torch.get_num_threads()
+    try:
+        ops.set_num_threads(3)
+        assert (torch.get_num_threads(), num_threads()) == (3, 3)
+    finally:
+        ops.set_num_threads(before)

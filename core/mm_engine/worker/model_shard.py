@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from mm_engine_kernels import reference
+from mm_engine_kernels import ops, reference
 from mm_engine_kernels.quantized import FP8
 from torch import Tensor
 
@@ -177,4 +177,4 @@ class ModelShard:
 
 def share_threads(size: int) -> None:
     """Leave the other ranks on this machine their part of the CPU's cores."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // size))
+    ops.set_num_threads(max(1, torch.get_num_threads() // size))

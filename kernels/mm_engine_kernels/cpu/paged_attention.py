@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,7 +80,6 @@ def attend(
     key_strides, value_strides = key_cache.stride(), value_cache.stride()
     _cpu.attention(
         query.data_ptr(),
-        0,
         query.stride(0),
         query.stride(1),
         (key_cache.data_ptr(), key_strides[0], key_strides[1], key_strides[2]),
@@ -93,18 +91,13 @@ def attend(
         plan.query_starts.data_ptr(),
         plan.contexts.data_ptr(),
         out.data_ptr(),
-        0,
-        heads * dim,
         plan.contexts.shape[0],
-        0,
-        0,
         heads,
         key_cache.shape[2],
         dim,
         sliding_window or 0,
         scale,
         softcap or 0.0,
-        True,
         DTYPES[query.dtype],
         plan.num_pairs * heads * dim * 2,
     )
@@ -143,71 +136,3 @@ def paged_attention(
         )
     plan = Plan.of_lens(block_tables, query_lens, context_lens)
     return attend(query, key_cache, value_cache, plan, scale, sliding_window, softcap)
-
-
-def paged_decode(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    *,
-    max_context_len: int,
-    num_splits: int | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`reference.paged_decode`; `num_splits` is found by the kernel."""
-    if not takes(query, key_cache, value_cache) or not (out is None or out.is_contiguous()):
-        return reference.paged_decode(
-            query,
-            key_cache,
-            value_cache,
-            block_tables,
-            context_lens,
-            scale,
-            sliding_window,
-            softcap,
-            max_context_len=max_context_len,
-            out=out,
-        )
-    lens = context_lens.tolist()
-    starts = torch.arange(query.shape[0] + 1, dtype=torch.int32)
-    plan = Plan.of(block_tables, starts, context_lens, [1] * len(lens), lens)
-    return attend(query, key_cache, value_cache, plan, scale, sliding_window, softcap, out)
-
-
-def paged_prefill(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    *,
-    max_query_len: int,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`reference.paged_prefill`."""
-    if not takes(query, key_cache, value_cache) or not (out is None or out.is_contiguous()):
-        return reference.paged_prefill(
-            query,
-            key_cache,
-            value_cache,
-            block_tables,
-            query_starts,
-            context_lens,
-            scale,
-            sliding_window,
-            softcap,
-            max_query_len=max_query_len,
-            out=out,
-        )
-    query_lens = [end - start for start, end in pairwise(query_starts.tolist())]
-    plan = Plan.of(block_tables, query_starts, context_lens, query_lens, context_lens.tolist())
-    return attend(query, key_cache, value_cache, plan, scale, sliding_window, softcap, out)
