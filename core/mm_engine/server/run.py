@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from mm_engine.engine.client import EngineClient
     from mm_engine.engine.status import EngineInfo
     from mm_engine.inputs.pipeline import InputPipeline
+    from mm_engine.plugins.record import PluginRecord
+    from mm_engine.request import Request
     from mm_engine.server.service import Service
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,10 @@ class Started:
     pipeline: InputPipeline
     settings: ServerSettings
     url: str
+    #: When its imports were done, and when the engine process was told what to serve; both of
+    #: `time.monotonic`, which all processes of a machine share.
+    imported_at: float
+    told_at: float
 
 
 class Stopped(BaseException):
@@ -69,9 +76,12 @@ def serve(
         from mm_engine.inputs.pipeline import InputPipeline  # after it: slow imports
         from mm_engine.worker.loader import open_model
 
+        imported_at = time.monotonic()
         opened = open_model(config)
         pipeline = InputPipeline(opened, chat_template=settings.chat_template)
-        return asyncio.run(_serve(config, launch, settings, pipeline, listener, on_start))
+        return asyncio.run(
+            _serve(config, launch, settings, pipeline, listener, imported_at, on_start)
+        )
     return 0
 
 
@@ -135,6 +145,7 @@ async def _serve(
     settings: ServerSettings,
     pipeline: InputPipeline,
     listener: socket.socket,
+    imported_at: float,
     on_start: Callable[[Started], None],
 ) -> int:
     stop = asyncio.Event()
@@ -148,7 +159,9 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
         loop.add_signal_handler(number, on_signal)
-    client = await _start_engine(config, launch, pipeline, stop)
+    profile = await asyncio.to_thread(pipeline.dummy_request)
+    told_at = time.monotonic()
+    client = await _start_engine(config, launch, profile, pipeline.plugin.record, stop)
     if client is None:
         return 0
     try:
@@ -157,22 +170,23 @@ async def _serve(
         server_box.append(server)
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        started = Started(client.info, pipeline, settings, url)
+        started = Started(client.info, pipeline, settings, url, imported_at, told_at)
         return await _run(service, server, listener, stop, lambda: on_start(started))
     finally:
         await client.close()
 
 
 async def _start_engine(
-    config: EngineConfig, launch: Launch, pipeline: InputPipeline, stop: asyncio.Event
+    config: EngineConfig,
+    launch: Launch,
+    profile: Request,
+    plugin: PluginRecord | None,
+    stop: asyncio.Event,
 ) -> EngineClient | None:
     """Have the engine process load the model; None if a signal came first."""
     from mm_engine.engine.client import EngineClient
 
-    profile = await asyncio.to_thread(pipeline.dummy_request)
-    starting = asyncio.create_task(
-        EngineClient.start(config, profile, pipeline.plugin.record, launch)
-    )
+    starting = asyncio.create_task(EngineClient.start(config, profile, plugin, launch))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

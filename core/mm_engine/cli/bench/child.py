@@ -1,13 +1,12 @@
 """A server for a benchmark: `python -m mm_engine.cli.bench.child PARENT_PID OPTIONS`.
 
 `OPTIONS` is a JSON object with the fields of `EngineConfig`, and `max_queued_requests`. Tells its
-parent on stdout, a JSON object a line, when the imports are done and when requests are taken. Ends
-with SIGTERM, and when its parent is gone.
+parent on stdout, a JSON object, when requests are taken. Ends with SIGTERM, and when its parent
+is gone.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
 
 SERVED_NAME = "benchmark"
 
-# What `serve` imports only when it needs it; here it belongs to the time of the imports.
-IMPORTED_LATER = ("mm_engine.engine.client", "mm_engine.inputs.pipeline", "mm_engine.server.app")
-
 
 def main(parent_pid: int, options: dict[str, Any]) -> int:
     """Serve on a free port of 127.0.0.1; returns the exit code."""
@@ -34,16 +30,11 @@ def main(parent_pid: int, options: dict[str, Any]) -> int:
 
     from mm_engine.config import EngineConfig
     from mm_engine.errors import MMEngineError
-    from mm_engine.light_imports import import_transformers
     from mm_engine.plugins.printable import printable
     from mm_engine.server.log import configure_logging
     from mm_engine.server.run import serve
     from mm_engine.server.settings import ServerSettings
 
-    import_transformers()
-    for name in IMPORTED_LATER:
-        importlib.import_module(name)
-    _tell("imported")
     configure_logging("warning")
     max_queued_requests = options.pop("max_queued_requests")
     try:
@@ -61,16 +52,12 @@ def main(parent_pid: int, options: dict[str, Any]) -> int:
 
 
 def _ready(started: Started) -> None:
-    import psutil
-
-    # The clock of process starts is only good for differences between them.
-    me = psutil.Process()
-    spawned = [child.create_time() - me.create_time() for child in me.children()]
     info = started.info
     _tell(
         "ready",
         url=started.url,
-        spawn_seconds=spawned[0] if spawned else None,
+        imported_at=started.imported_at,
+        told_at=started.told_at,
         load_seconds=info.load_seconds,
         profile_seconds=info.profile_seconds,
         max_model_len=info.max_model_len,

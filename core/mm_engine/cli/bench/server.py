@@ -22,7 +22,7 @@ _CHILD = "mm_engine.cli.bench.child"
 class OwnServer:
     """A server process on a free port: starts with `with`, is ready inside, has ended after it.
 
-    `options` are fields of `EngineConfig`. `ready` and `imported` are what it told of itself.
+    `options` are fields of `EngineConfig`. `ready` is what it told of itself.
 
     Raises:
         StartupError: the model can't be served; the message is the server's own.
@@ -35,7 +35,6 @@ class OwnServer:
         self._command = [sys.executable, "-m", _CHILD, str(os.getpid()), json.dumps(given)]
         self._printed: deque[str] = deque(maxlen=100)  # lines of its stderr
         self.start = 0.0  # `time.monotonic()`
-        self.imported: dict[str, Any] = {}
         self.ready: dict[str, Any] = {}
 
     @property
@@ -59,7 +58,7 @@ class OwnServer:
         self._reader = threading.Thread(target=self._read_errors, daemon=True)
         self._reader.start()
         try:
-            self.imported, self.ready = self._hear("imported"), self._hear("ready")
+            self.ready = self._hear("ready")
         except BaseException:
             self._end()
             raise

@@ -13,9 +13,10 @@ from mm_engine.cli.bench.server import OwnServer
 class Startup:
     """One start, in seconds; the parts follow each other and add up to `ready`."""
 
-    imports: float  # from the process's start until the server's modules are imported
+    imports: float  # from the process's start until the server's modules are imported; meanwhile
+    # the engine process does the same
     checkpoint: float  # config, tokenizer and plugin read, the dummy data mapped
-    engine_process: float  # the second process starts, imports, reads; and HTTP is set up
+    engine_process: float  # until the engine process knows it; and HTTP is set up
     weights: float  # the model built, its weights read or drawn
     profile: float  # the dummy data run through the model, the KV cache allocated
     ready: float  # all of it
@@ -42,14 +43,12 @@ def measure_startup(
 
 def _parts(server: OwnServer) -> Startup:
     told = server.ready
-    imports = server.imported["at"] - server.start
     ready = told["at"] - server.start
-    spawn = imports if told["spawn_seconds"] is None else max(imports, told["spawn_seconds"])
     built = told["load_seconds"] + told["profile_seconds"]
     return Startup(
-        imports=imports,
-        checkpoint=spawn - imports,
-        engine_process=ready - spawn - built,
+        imports=told["imported_at"] - server.start,
+        checkpoint=told["told_at"] - told["imported_at"],
+        engine_process=told["at"] - told["told_at"] - built,
         weights=told["load_seconds"],
         profile=told["profile_seconds"],
         ready=ready,
