@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,11 +16,20 @@ from torch import Tensor
 
 from mm_engine.worker import graphs
 from mm_engine.worker.batch import StepLayout
-from mm_engine.worker.graphs import DecodeGraphs
+from mm_engine.worker.graphs import CudaRecorder, DecodeGraphs
 
 
 class CallAgain:
     """In place of `CudaRecorder`; runs twice, as that does."""
+
+    what: ClassVar = CudaRecorder.what
+    sizes: ClassVar = CudaRecorder.sizes
+    missed: ClassVar = CudaRecorder.missed
+
+    @classmethod
+    def unfit(cls, num_ranks: int) -> str | None:
+        """Any will do."""
+        return None
 
     def __init__(self, device: torch.device) -> None:
         """Any device will do."""

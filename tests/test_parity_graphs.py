@@ -113,7 +113,7 @@ from graphing import CallAgain
 from mm_engine.worker.graphs import RECORDERS
 from mm_llava.plugin import *
 
-RECORDERS.setdefault("cpu", CallAgain)
+RECORDERS["cpu"] = CallAgain
 """
 
 

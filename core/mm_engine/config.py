@@ -58,7 +58,7 @@ class EngineConfig:
     #: Prepare each step while the device computes the one before it. None: on a CUDA device, unless
     #: there is speculative decoding, whose guesses wait for the tokens before them.
     async_scheduling: bool | None = None
-    enforce_eager: bool = False  # no CUDA graphs: each step's kernels are launched one by one
+    enforce_eager: bool = False  # no graphs: each step's kernels are launched one by one
     memory_utilization: float = 0.9  # of the device's memory; on a CPU, of what is available
     #: Speculative decoding by n-gram lookup: the most tokens that a step guesses of one answer; 0:
     #: off. The newest `prompt_lookup_max` tokens are looked up in what came before, then fewer,

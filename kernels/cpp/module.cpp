@@ -5,8 +5,13 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
 #include "ops.h"
 #include "pack.h"
+#include "recording.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -24,14 +29,26 @@ T* at(Address address) {
 constexpr int64_t LONG = int64_t{1} << 27;  // multiplications
 constexpr int64_t PER_NUMBER = 32;  // multiplications that take as long as to read and write one
 
+// Makes the call, or keeps it where a recording is on.
 template <class F>
-void maybe_unlocked(int64_t work, F&& body) {
-    if (work < LONG) {
-        body();
+void perform(int64_t work, F&& call) {
+    if (mm::Recording* recording = mm::Recording::current()) {
+        recording->add(call);
+    } else if (work < LONG) {
+        call();
     } else {
         nb::gil_scoped_release release;
-        body();
+        call();
     }
+}
+
+// Raises IndexError unless all are from `lowest` on and below `end`.
+void check_places(const int64_t* places, int64_t num, int64_t lowest, int64_t end) {
+    for (int64_t i = 0; i < num; ++i)
+        if (places[i] < lowest || places[i] >= end)
+            throw std::out_of_range(
+                "rows must be from " + std::to_string(lowest) + " to " + std::to_string(end - 1) +
+                ", not " + std::to_string(places[i]) + ".");
 }
 
 }  // namespace
@@ -50,6 +67,17 @@ NB_MODULE(_cpu, m) {
     m.def("num_threads", &mm::num_threads);
     m.def("set_num_threads", &mm::set_num_threads);
     m.def("num_asleep", &mm::num_asleep);
+    m.def("copy", [](Address source, Address target, int64_t bytes) {
+        perform(bytes * PER_NUMBER, [=] {
+            std::memcpy(at<void>(target), at<const void>(source), bytes);
+        });
+    });
+    nb::class_<mm::Recording>(m, "Recording")
+        .def(nb::init<>())
+        .def("start", &mm::Recording::start)
+        .def("stop", &mm::Recording::stop)
+        .def("run", &mm::Recording::run, nb::call_guard<nb::gil_scoped_release>())
+        .def("__len__", &mm::Recording::size);
     m.def("packed_size", [](int64_t n, int64_t k, int dtype) {
         return mm::packed_size(n, k, static_cast<mm::DType>(dtype));
     });
@@ -75,7 +103,7 @@ NB_MODULE(_cpu, m) {
                 at<const void>(x), at<const void>(packed), at<const void>(bias),
                 at<const void>(residual), at<void>(out), rows, n, k, x_stride, out_stride,
                 static_cast<mm::DType>(dtype)};
-            maybe_unlocked(rows * n * k, [&] { mm::ops().linear(args); });
+            perform(rows * n * k, [args] { mm::ops().linear(args); });
         });
     m.def(
         "rms_norm", [](Address x, Address residual, Address weight, Address out, Address total,
@@ -85,7 +113,7 @@ NB_MODULE(_cpu, m) {
                 at<const void>(x), at<const void>(residual), at<const void>(weight),
                 at<void>(out), at<void>(total), rows, size, x_stride, residual_stride, eps,
                 static_cast<mm::DType>(dtype)};
-            maybe_unlocked(rows * size * PER_NUMBER, [&] { mm::ops().rms_norm(args); });
+            perform(rows * size * PER_NUMBER, [args] { mm::ops().rms_norm(args); });
         });
     m.def(
         "silu_mul", [](Address x, Address out, int64_t rows, int64_t size, int64_t stride,
@@ -93,7 +121,7 @@ NB_MODULE(_cpu, m) {
             const mm::SiluMulArgs args{
                 at<const void>(x), at<void>(out), rows, size, stride,
                 static_cast<mm::DType>(dtype)};
-            maybe_unlocked(rows * size * PER_NUMBER, [&] { mm::ops().silu_mul(args); });
+            perform(rows * size * PER_NUMBER, [args] { mm::ops().silu_mul(args); });
         });
     m.def(
         "rotary", [](Address x, Address cos, Address sin, Address out, int64_t tokens,
@@ -103,8 +131,7 @@ NB_MODULE(_cpu, m) {
                 at<const void>(x), at<const void>(cos), at<const void>(sin), at<void>(out),
                 tokens, heads, half, token_stride, head_stride, cos_stride, sin_stride,
                 static_cast<mm::DType>(dtype)};
-            maybe_unlocked(
-                tokens * heads * half * 2 * PER_NUMBER, [&] { mm::ops().rotary(args); });
+            perform(tokens * heads * half * 2 * PER_NUMBER, [args] { mm::ops().rotary(args); });
         });
     m.def(
         "scatter", [](Address rows, Address out, Address places, int64_t num, int64_t size,
@@ -114,10 +141,29 @@ NB_MODULE(_cpu, m) {
                 at<const void>(rows), at<void>(out), at<const int64_t>(places), num, size,
                 stride, block_size, block_stride, static_cast<mm::DType>(dtype),
                 static_cast<mm::DType>(out_dtype)};
-            for (int64_t i = 0; i < num; ++i)
-                if (args.places[i] < lowest || args.places[i] >= num_places) return false;
-            maybe_unlocked(num * size * PER_NUMBER, [&] { mm::ops().scatter(args); });
-            return true;
+            perform(num * size * PER_NUMBER, [args, lowest, num_places] {
+                check_places(args.places, args.num, lowest, num_places);
+                mm::ops().scatter(args);
+            });
+        });
+    m.def(
+        "gather", [](Address table, Address rows, Address out, int64_t num, int64_t size,
+                     int64_t stride, int64_t num_rows, int dtype, int out_dtype) {
+            const mm::GatherArgs args{
+                at<const void>(table), at<const int64_t>(rows), at<void>(out), num, size, stride,
+                static_cast<mm::DType>(dtype), static_cast<mm::DType>(out_dtype)};
+            perform(num * size * PER_NUMBER, [args, num_rows] {
+                check_places(args.rows, args.num, 0, num_rows);
+                mm::ops().gather(args);
+            });
+        });
+    m.def(
+        "largest", [](Address x, Address values, Address places, int64_t num, int64_t size,
+                      int64_t stride, int dtype) {
+            const mm::LargestArgs args{
+                at<const void>(x), at<float>(values), at<int64_t>(places), num, size, stride,
+                static_cast<mm::DType>(dtype)};
+            perform(num * size * PER_NUMBER, [args] { mm::ops().largest(args); });
         });
     m.def(
         "sample", [](Address logits, Address uniform, Address temperature, Address top_k,
@@ -127,7 +173,7 @@ NB_MODULE(_cpu, m) {
                 at<const float>(logits), at<const double>(uniform), at<const float>(temperature),
                 at<const int64_t>(top_k), at<const float>(top_p), at<const float>(min_p),
                 at<int64_t>(sampled), at<float>(kept), num, size, stride};
-            maybe_unlocked(num * size * 8 * PER_NUMBER, [&] { mm::ops().sample(args); });
+            perform(num * size * 8 * PER_NUMBER, [args] { mm::ops().sample(args); });
         });
     // keys, values: where they begin, and the strides of block, token and head; `work` is how many
     // multiplications it is about.
@@ -164,7 +210,7 @@ NB_MODULE(_cpu, m) {
             args.softcap = softcap;
             args.wide_table = wide_table;
             args.dtype = static_cast<mm::DType>(dtype);
-            maybe_unlocked(work, [&] { mm::ops().attention(args); });
+            perform(work, [args] { mm::ops().attention(args); });
         });
     m.def(
         "quantize_linear", [](Address weight, Address out, Address scales, int64_t n, int64_t k,
@@ -183,6 +229,6 @@ NB_MODULE(_cpu, m) {
                 at<const void>(x), at<const void>(weight), at<const void>(scales),
                 at<const void>(bias), at<void>(out), rows, n, k, x_stride,
                 static_cast<mm::DType>(dtype), bits};
-            maybe_unlocked(rows * n * k, [&] { mm::ops().linear_quantized(args); });
+            perform(rows * n * k, [args] { mm::ops().linear_quantized(args); });
         });
 }

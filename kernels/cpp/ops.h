@@ -66,6 +66,25 @@ struct ScatterArgs {
     DType dtype, out_dtype;
 };
 
+// out [num, size]: the rows `rows` of table, which lie `stride` numbers apart, converted.
+struct GatherArgs {
+    const void* table;
+    const int64_t* rows;
+    void* out;
+    int64_t num, size, stride;
+    DType dtype, out_dtype;
+};
+
+// values [num]: the largest of each row of x [num, size], NaN where one is; places [num]: where the
+// first such is, NaN aside. Rows lie `stride` numbers apart.
+struct LargestArgs {
+    const void* x;
+    float* values;
+    int64_t* places;
+    int64_t num, size, stride;
+    DType dtype;
+};
+
 // sampled [num]: an id drawn from each row of logits [num, size], whose rows lie `stride` apart.
 // `kept` [num, size] may be null, or gets the weights that are kept.
 struct SampleArgs {
@@ -135,6 +154,8 @@ struct Ops {
     void (*silu_mul)(const SiluMulArgs&);
     void (*rotary)(const RotaryArgs&);
     void (*scatter)(const ScatterArgs&);
+    void (*gather)(const GatherArgs&);
+    void (*largest)(const LargestArgs&);
     void (*sample)(const SampleArgs&);
     void (*attention)(const AttentionArgs&);
     void (*quantize_linear)(const QuantizeArgs&);

@@ -8,6 +8,8 @@ void rms_norm(const RmsNormArgs&);
 void silu_mul(const SiluMulArgs&);
 void rotary(const RotaryArgs&);
 void scatter(const ScatterArgs&);
+void gather(const GatherArgs&);
+void largest(const LargestArgs&);
 void sample(const SampleArgs&);
 void attention(const AttentionArgs&);
 void quantize_linear(const QuantizeArgs&);
@@ -15,7 +17,7 @@ void linear_quantized(const QuantizedLinearArgs&);
 
 extern const Ops table;
 const Ops table = {
-    linear, rms_norm, silu_mul, rotary, scatter, sample, attention, quantize_linear,
-    linear_quantized};
+    linear,  rms_norm, silu_mul,  rotary,          scatter,         gather,
+    largest, sample,   attention, quantize_linear, linear_quantized};
 
 }  // namespace mm::MM_ISA

@@ -65,7 +65,31 @@ def scatter(
     num_places: int,
     dtype: int,
     out_dtype: int,
-) -> bool: ...
+) -> None: ...
+def gather(
+    table: int,
+    rows: int,
+    out: int,
+    num: int,
+    size: int,
+    stride: int,
+    num_rows: int,
+    dtype: int,
+    out_dtype: int,
+) -> None: ...
+def largest(
+    x: int, values: int, places: int, num: int, size: int, stride: int, dtype: int
+) -> None: ...
+def copy(source: int, target: int, num_bytes: int) -> None: ...
+
+class Recording:
+    """Calls of the functions above that this thread made between `start` and `stop`."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def run(self) -> None: ...
+    def __len__(self) -> int: ...
+
 def sample(
     logits: int,
     uniform: int,

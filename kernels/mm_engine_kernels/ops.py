@@ -47,6 +47,9 @@ CPU_FILES: dict[str, str] = {
     "rotary": "rotary",
     "write_kv": "write_kv",
     "merge_by_position": "merge_by_position",
+    "gather_rows": "gather_rows",
+    "argmax": "largest",
+    "amax": "largest",
     "sample": "sample",
     "paged_attention": "paged_attention",
 }
@@ -188,9 +191,11 @@ def quantize_linear(weight: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
     return made
 
 
-def linear_quantized(x: Tensor, data: Tensor, scales: Tensor, rows: int, bits: int) -> Tensor:
+def linear_quantized(
+    x: Tensor, data: Tensor, scales: Tensor, rows: int, bits: int, bias: Tensor | None = None
+) -> Tensor:
     """`x` `[M, K]` by what `quantize_linear` made of a weight of so many rows: `[M, rows]`."""
-    product: Tensor = _kernels[x.device.type].linear_quantized(x, data, scales, rows, bits)
+    product: Tensor = _kernels[x.device.type].linear_quantized(x, data, scales, rows, bits, bias)
     return product
 
 
@@ -311,6 +316,21 @@ def merge_by_position(embeddings: Tensor, rows: Tensor, positions: Tensor) -> Te
     return _kernels[embeddings.device.type].merge_by_position(embeddings, rows, positions)
 
 
+def gather_rows(table: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `reference.gather_rows`."""
+    return _kernels[table.device.type].gather_rows(table, rows, dtype)
+
+
+def argmax(x: Tensor) -> Tensor:
+    """See `reference.argmax`."""
+    return _kernels[x.device.type].argmax(x)
+
+
+def amax(x: Tensor) -> Tensor:
+    """See `reference.amax`."""
+    return _kernels[x.device.type].amax(x)
+
+
 def sample(
     logits: Tensor,
     uniform: Tensor,
@@ -335,5 +355,8 @@ OPS = (
     "paged_decode",
     "paged_prefill",
     "merge_by_position",
+    "gather_rows",
+    "argmax",
+    "amax",
     "sample",
 )

@@ -65,6 +65,22 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(residual, weight, eps), residual
 
 
+def gather_rows(table: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows `rows` `[N]` of `table` `[R, D]`, in `dtype`: `[N, D]`."""
+    return table[rows].to(dtype)
+
+
+def argmax(x: Tensor) -> Tensor:
+    """Where the largest of each row of `x` `[N, V]` is: `[N]` int64. The first of equals; of a row
+    with NaN, any."""
+    return x.argmax(-1)
+
+
+def amax(x: Tensor) -> Tensor:
+    """The largest of each row of `x` `[N, V]`: `[N]`; NaN if one is."""
+    return x.amax(-1)
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `[T, heads, D]` by `cos` and `sin` `[T, D]` (halves, not pairs: arXiv:2104.09864)."""
     first, second = x.chunk(2, dim=-1)

@@ -74,7 +74,7 @@ def test_the_error_is_that_of_rounding(scheme: type[Fp8 | Int8 | Int4], columns:
     sizes = torch.logspace(-1, 1, columns // 32).repeat_interleave(32)
     weight, x = noise(48, columns) * sizes * torch.logspace(-2, 0, 48)[:, None], noise(64, columns)
     layer = scheme(CPU)
-    got = layer.linear(x, layer.quantize(weight))
+    got = layer.linear(x, layer.quantize(weight), None)
     error = (got - x @ weight.t()) / rounding(layer, x, weight)
     assert 0.85 < error.pow(2).mean().sqrt() < 1.15
     assert error.abs().max() < 6
@@ -89,7 +89,7 @@ def test_a_kernel_computes_what_its_plain_meaning_says(
 ) -> None:
     weight, x = noise(48, columns).to(dtype), noise(rows, columns, seed=1).to(dtype)
     ours, other = kernel(CPU), plain(CPU)
-    got, expected = (s.linear(x, s.quantize(weight)) for s in (ours, other))
+    got, expected = (s.linear(x, s.quantize(weight), None) for s in (ours, other))
     assert got.dtype == dtype and got.shape == (rows, 48)
     # What is rounded in between differs: the widened weight in one, nothing in the other.
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
@@ -112,7 +112,7 @@ def test_slabs_make_what_the_whole_makes(
 def test_awkward_sizes(kind: type[Scheme], rows: int, columns: int) -> None:
     scheme, weight, x = kind(CPU), noise(rows, columns), noise(3, columns, seed=1)
     assert scheme.refusal(rows, columns) is None
-    got = scheme.linear(x, scheme.quantize(weight))
+    got = scheme.linear(x, scheme.quantize(weight), None)
     expected = x @ weight.t()
     assert (got - expected).abs().max() <= 0.15 * (x.abs() @ weight.abs().t()).max()
 
@@ -123,7 +123,9 @@ def test_a_slice_that_no_vector_is_aligned_to() -> None:
     packed = scheme.quantize(noise(16, 32).bfloat16())
     whole = noise(3 * 32 + 1).bfloat16()
     x = whole[1:].view(3, 32)
-    torch.testing.assert_close(scheme.linear(x, packed), scheme.linear(x.clone(), packed))
+    torch.testing.assert_close(
+        scheme.linear(x, packed, None), scheme.linear(x.clone(), packed, None)
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_layout_that_the_cards_int4_kernel_is_given(columns: int, tiles: int, gr
     scheme, dtype = CudaInt4(CPU), torch.float16
     with FakeTensorMode():
         packed, scales = scheme.quantize(torch.empty(48, columns, dtype=dtype))
-        out = scheme.linear(torch.empty(3, columns, dtype=dtype), (packed, scales))
+        out = scheme.linear(torch.empty(3, columns, dtype=dtype), (packed, scales), None)
     assert packed.shape == (6, columns // (16 * tiles), 32, tiles // 2)
     assert scales.shape == (columns // group, 48, 2) and scales.dtype == torch.bfloat16
     assert out.shape == (3, 48) and out.dtype == dtype
@@ -167,10 +169,10 @@ def test_what_the_cards_fp8_kernel_is_given(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(torch, "_scaled_mm", watched)
     scheme, weight, x = CudaFp8(CPU), noise(48, 64).half(), noise(3, 64, seed=1).half()
-    out = scheme.linear(x, scheme.quantize(weight))
+    out = scheme.linear(x, scheme.quantize(weight), None)
     assert out.dtype == torch.float16
     torch.testing.assert_close(
-        out, Fp8(CPU).linear(x, scheme.quantize(weight)), rtol=1e-2, atol=0.1
+        out, Fp8(CPU).linear(x, scheme.quantize(weight), None), rtol=1e-2, atol=0.1
     )
     ((rows, columns, row_scale, column_scale),) = given
     assert rows.dtype == columns.dtype == quantized.FP8
@@ -313,7 +315,7 @@ def test_a_card_that_is_too_old_is_refused(
 
 def test_a_build_of_pytorch_without_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(Fp8):
-        def linear(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+        def product(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
             raise RuntimeError("not available for build\nframes")
 
     monkeypatch.setitem(SCHEMES, ("fp8", "cpu"), (Broken, (0, 0)))

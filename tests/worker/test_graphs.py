@@ -22,7 +22,7 @@ from mm_engine.errors import StartupError
 from mm_engine.sequence import SampledToken, ScheduledBatch, ScheduledSequence, Sequence
 from mm_engine.worker import graphs
 from mm_engine.worker.capture import GraphCapture
-from mm_engine.worker.graphs import ladder
+from mm_engine.worker.graphs import CpuRecorder, CudaRecorder, ladder
 from mm_engine.worker.model_runner import ModelRunner
 from poisoned import NUM_BLOCKS, POISON, make_poisoned
 from sequences import make_sequence
@@ -90,7 +90,12 @@ def step(runner: ModelRunner, sequences: list[Sequence]) -> list[SampledToken]:
     ],
 )
 def test_the_ladder_ends_at_the_most_sequences(most: int, sizes: list[int]) -> None:
-    assert ladder(most) == sizes
+    assert ladder(CudaRecorder, most) == sizes
+
+
+def test_on_a_cpu_small_steps_have_graphs_of_their_own_size() -> None:
+    assert ladder(CpuRecorder, 11) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11]
+    assert ladder(CpuRecorder, 500)[-3:] == [24, 28, 32]
 
 
 def test_steps_of_decodes_are_replayed_with_the_next_larger_graph(
@@ -278,7 +283,7 @@ def test_the_log_says_why_there_are_none(
     assert [record.getMessage() for record in caplog.records] == [f"No CUDA graphs: {why}."]
 
 
-def test_on_a_cpu_nobody_expects_any(
+def test_where_nothing_captures_nobody_expects_any(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")

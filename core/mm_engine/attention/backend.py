@@ -50,7 +50,7 @@ class AttentionBackend(Protocol):
 
     name: ClassVar[str]
     block_multiple: ClassVar[int]  # tokens: it takes blocks of multiples of this
-    captures: bool  # whether a step of decodes may be captured in a CUDA graph and replayed
+    captures: bool  # whether a step of decodes may be captured in a graph and replayed
     version: str  # of what it runs on, for the log; may be empty
 
     @classmethod

@@ -22,7 +22,7 @@ class CpuAttention:
 
     name: ClassVar = "cpu"
     block_multiple: ClassVar = 1
-    captures = False
+    captures = True
 
     def __init__(self) -> None:
         from mm_engine_kernels.cpu import extension, paged_attention

@@ -17,8 +17,8 @@ class AttentionMetadata:
     """One step's layout over the paged KV cache, shared by all layers.
 
     T tokens lie sequence after sequence; the last of a sequence's tokens are the step's own.
-    `kv_caches[layer]` is a pair of `[num_blocks, block_size, K, D]`. Backends for a GPU read the
-    tensors and the two maxima and nothing else, so that a captured graph may be replayed with
+    `kv_caches[layer]` is a pair of `[num_blocks, block_size, K, D]`. Backends that capture
+    read the tensors and the two maxima and nothing else, so that a graph may be replayed with
     other numbers in the same tensors; the maxima are then upper bounds, and a row that is only
     padding has slot -1 and context 0.
     """

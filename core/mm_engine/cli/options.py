@@ -190,7 +190,7 @@ EnforceEager = Annotated[
     bool,
     typer.Option(
         "--enforce-eager",
-        help="Capture no CUDA graphs: a faster start and less memory, slower decodes.",
+        help="Capture no graphs of decode steps: a faster start and less memory, slower decodes.",
         rich_help_panel=MEMORY_PANEL,
     ),
 ]

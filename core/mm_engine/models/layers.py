@@ -147,7 +147,10 @@ class RotaryTable(nn.Module):
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[T, head_dim]` of `positions` `[T]`."""
         assert isinstance(self.cos, Tensor) and isinstance(self.sin, Tensor)
-        return self.cos[positions].to(dtype), self.sin[positions].to(dtype)
+        return (
+            ops.gather_rows(self.cos, positions, dtype),
+            ops.gather_rows(self.sin, positions, dtype),
+        )
 
 
 def pack_linears(model: nn.Module) -> None:

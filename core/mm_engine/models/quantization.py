@@ -60,9 +60,7 @@ class LayerQuantizer:
 
     def linear(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        out = self.scheme.linear(x.reshape(-1, x.shape[-1]), packed)
-        if bias is not None:
-            out += bias
+        out = self.scheme.linear(x.reshape(-1, x.shape[-1]), packed, bias)
         return out.view(*x.shape[:-1], -1)
 
 

@@ -36,12 +36,25 @@ class Scheme(Protocol):
         """What stands for `weight` `[N, K]`, on the device; `linear` gets it back."""
         ...
 
-    def linear(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        """`[M, K]` to `[M, N]` in x's dtype."""
+    def linear(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+        """`[M, K]` to `[M, N]` in x's dtype; `bias` is `[N]`."""
         ...
 
 
-class Fp8:
+class BiasAfter:
+    """A scheme whose kernels don't add the bias."""
+
+    def linear(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+        """See `Scheme.linear`."""
+        out = self.product(x, packed)
+        return out if bias is None else out + bias
+
+    def product(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+        """`Scheme.linear` without the bias."""
+        raise NotImplementedError
+
+
+class Fp8(BiasAfter):
     """Weights and activations in e4m3, a scale for each row of either; in plain PyTorch."""
 
     name = "fp8"
@@ -57,16 +70,16 @@ class Fp8:
         """e4m3 `[N, K]`, and float32 scales `[N, 1]`."""
         return by_slabs(quantized.quantize_fp8, weight, self.device, (0, 0))
 
-    def linear(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        """See `Scheme.linear`."""
+    def product(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+        """`Scheme.linear` without the bias."""
         return quantized.linear_fp8(x, *packed)
 
 
 class ScaledMMFp8(Fp8):
     """The same by `torch._scaled_mm`, on CPUs as well (which widen the weight in each call)."""
 
-    def linear(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        """See `Scheme.linear`."""
+    def product(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+        """`Scheme.linear` without the bias."""
         weight, scale = packed
         rows, row_scale = quantized.quantize_fp8(x)
         out: Tensor = torch._scaled_mm(
@@ -91,7 +104,7 @@ class CudaFp8(ScaledMMFp8):
         return torch.bfloat16
 
 
-class Int8:
+class Int8(BiasAfter):
     """Weights from -127 to 127, a scale for each row; activations stay. In plain PyTorch."""
 
     name = "int8"
@@ -107,8 +120,8 @@ class Int8:
         """int8 `[N, K]`, and scales `[N]`."""
         return by_slabs(quantized.quantize_int8, weight, self.device, (0, 0))
 
-    def linear(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        """See `Scheme.linear`."""
+    def product(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+        """`Scheme.linear` without the bias."""
         weight = quantized.dequantize_int8(*packed)
         return torch.nn.functional.linear(x, weight.to(x.dtype))
 
@@ -120,11 +133,11 @@ class PackedInt8(Int8):
         """A reason for widths that the CPU's vectors would read beyond (PyTorch doesn't check)."""
         return _not_multiple(rows, columns, 1, 16)
 
-    def linear(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        """See `Scheme.linear`."""
+    def product(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+        """`Scheme.linear` without the bias."""
         weight, scale = packed
         if not 0 < len(x) <= MAX_INT8_ROWS or not self.has_kernel(x.dtype):
-            return super().linear(x, packed)
+            return super().product(x, packed)
         if x.data_ptr() % 32:  # the CPU's kernel loads whole vectors, and takes them for aligned
             x = x.clone()
         out: Tensor = torch.ops.aten._weight_int8pack_mm(x, weight, scale.to(x.dtype))
@@ -136,7 +149,7 @@ class PackedInt8(Int8):
         return self.device.type == "cpu" and dtype == torch.bfloat16
 
 
-class Int4:
+class Int4(BiasAfter):
     """Weights from 0 to 15, a scale and a zero point for each group of columns; plain PyTorch."""
 
     name = "int4"
@@ -164,8 +177,8 @@ class Int4:
 
         return by_slabs(quantize, weight, self.device, (0, 1))
 
-    def linear(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        """See `Scheme.linear`."""
+    def product(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+        """`Scheme.linear` without the bias."""
         numbers = quantized.unpack_nibbles(packed[0]).int()
         weight = quantized.dequantize_int4(numbers, packed[1])
         return torch.nn.functional.linear(x, weight.to(x.dtype))
@@ -185,11 +198,11 @@ class CpuInt4(Int4):
         numbers, scales = self.in_groups(weight)
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1), scales
 
-    def linear(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        """See `Scheme.linear`."""
+    def product(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+        """`Scheme.linear` without the bias."""
         weight, scales = packed
         if scales.dtype != torch.bfloat16:
-            return super().linear(x, packed)
+            return super().product(x, packed)
         group = x.shape[1] // len(scales)
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.to(torch.bfloat16), weight, group, scales
@@ -211,8 +224,8 @@ class CudaInt4(Int4):
         tiles = next(tiles for tiles in (8, 4, 2) if weight.shape[1] % (16 * tiles) == 0)
         return torch.ops.aten._convert_weight_to_int4pack(nibbles, tiles), scales
 
-    def linear(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        """See `Scheme.linear`."""
+    def product(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+        """`Scheme.linear` without the bias."""
         weight, scales = packed
         group = x.shape[1] // len(scales)
         out: Tensor = torch.ops.aten._weight_int4pack_mm(
@@ -239,10 +252,10 @@ class OwnKernels:
         assert made is not None  # `make_scheme` has tried its dtype
         return *made, weight.new_empty(len(weight), 0)
 
-    def linear(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+    def linear(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         """See `Scheme.linear`."""
         data, scales, rows = packed
-        return ops.linear_quantized(x, data, scales, len(rows), self.bits)
+        return ops.linear_quantized(x, data, scales, len(rows), self.bits, bias)
 
 
 #: Bits of the schemes that our own kernels may have.
@@ -280,7 +293,7 @@ def make_scheme(name: str | None, device: torch.device, dtype: torch.dtype) -> S
         return OwnKernels(name, BITS[name], device)
     scheme = make(device)
     try:
-        scheme.linear(weight[:2], scheme.quantize(weight)).sum().item()
+        scheme.linear(weight[:2], scheme.quantize(weight), None).sum().item()
     except RuntimeError as error:  # what PyTorch raises, NotImplementedError among them
         cause = str(error).split("\n", 1)[0]
         raise StartupError(

@@ -1,4 +1,4 @@
-"""When CUDA graphs are captured, and what becomes of a model for which it fails.
+"""When graphs are captured, and what becomes of a model for which it fails.
 
 All ranks capture the same graphs, in the same order, or none does.
 """
@@ -26,19 +26,22 @@ class GraphCapture:
     def __init__(self, runner: ModelRunner, *, enforce_eager: bool, progress: bool) -> None:
         self._runner = runner
         self._progress = progress
-        self._sizes = ladder(runner.max_graphed)[::-1]  # the largest first: the others fit in it
         self._seconds = 0.0
-        self.wanted = runner.device.type in RECORDERS
-        if not self.wanted:
+        self._recorder = RECORDERS.get(runner.device.type)
+        self.wanted = self._recorder is not None
+        if self._recorder is None:
             return
-        why = None
+        self._what = self._recorder.what
+        # The largest first: the others fit in it.
+        self._sizes = ladder(self._recorder, runner.max_graphed)[::-1]
+        why = self._recorder.unfit(runner.opened.ctx.shard.size)
         if enforce_eager:
             why = "--enforce-eager"
-        elif not runner.backend.captures:
+        elif why is None and not runner.backend.captures:
             why = f"attention by {runner.backend.name} can't be captured"
         if why is not None:
             self.wanted = False
-            logger.info("No CUDA graphs: %s.", why)
+            logger.info("No %s: %s.", self._what, why)
 
     def try_out(self) -> None:
         """Capture two over a cache of one block, to know what all take, and give them up again.
@@ -69,7 +72,9 @@ class GraphCapture:
             return
         self._runner.memory.graphs = sum(graphs.taken)
         logger.info(
-            "CUDA graphs: %d, for steps of 1 to %d decodes; %.1f s, %s.",
+            "%s%s: %d, for steps of 1 to %d decodes; %.1f s, %s.",
+            self._what[0].upper(),
+            self._what[1:],
             len(self._sizes),
             self._sizes[0],
             self._seconds,
@@ -85,7 +90,7 @@ class GraphCapture:
             console=Console(stderr=True),
             disable=not self._progress,
         ) as bar:
-            for size in bar.track(sizes, description="Capturing CUDA graphs"):
+            for size in bar.track(sizes, description=f"Capturing {self._what}"):
                 try:
                     self._runner.capture_next(size)
                 except CaptureFailed as error:
@@ -99,11 +104,15 @@ class GraphCapture:
         gc.collect()  # frames of the exception hold the graphs, and they their memory
         if error.no_memory:
             raise StartupError(
-                f"CUDA graphs don't fit in memory: the one for {size} sequences ({error}). Lower "
+                f"{self._what} don't fit in memory: the one for {size} sequences ({error}). Lower "
                 "--max-num-seqs or --gpu-memory-utilization, or do without them: --enforce-eager."
             ) from error
         self.wanted = False
-        logger.warning(
-            "CUDA graphs can't be captured: %s. Decodes run without them, as with --enforce-eager.",
+        assert self._recorder is not None
+        logger.log(
+            self._recorder.missed,
+            "%s%s can't be captured: %s. Decodes run without them, as with --enforce-eager.",
+            self._what[0].upper(),
+            self._what[1:],
             error,
         )

@@ -1,4 +1,4 @@
-"""CUDA graphs: the model's part of a step of decodes, captured at startup and replayed.
+"""Graphs: the model's part of a step of decodes, captured at startup and replayed.
 
 A graph repeats what was launched when it was captured, over the same tensors. So there is one for
 each size of a ladder, and a step fills the tensors and runs the next larger one, padded.
@@ -6,12 +6,14 @@ each size of a ladder, and a step fills the tensors and runs the next larger one
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
+from mm_engine_kernels import ops
 from torch import Tensor
 
 from mm_engine.attention.metadata import AttentionMetadata
@@ -22,18 +24,6 @@ from mm_engine.worker.transfers import fill
 
 if TYPE_CHECKING:
     from mm_engine.worker.model_shard import ModelShard
-
-MAX_SIZE = 512  # sequences; in larger steps the device is busy for longer than launching takes
-
-
-def ladder(max_num_seqs: int) -> list[int]:
-    """The sizes that are captured, ascending: 1, 2, 4, then in strides of 8, from 256 on of 16.
-
-    vLLM's. Padding then costs a step little, and 64 sequences take 11 graphs.
-    """
-    top = min(max_num_seqs, MAX_SIZE)
-    sizes = (1, 2, 4, *range(8, 256, 8), *range(256, MAX_SIZE, 16))
-    return [*(size for size in sizes if size < top), top]
 
 
 class CaptureFailed(Exception):
@@ -59,6 +49,18 @@ class CaptureFailed(Exception):
 class Recorder(Protocol):
     """Turns what a function launches into something that launches it again."""
 
+    what: ClassVar[str]  # what it makes, for messages
+    missed: ClassVar[int]  # level of the log line when a model can't be captured
+    sizes: ClassVar[tuple[int, ...]]  # that are worth a graph, ascending; the last is the most
+
+    def __init__(self, device: torch.device) -> None:
+        """For the tensors of `device`."""
+
+    @classmethod
+    def unfit(cls, num_ranks: int) -> str | None:
+        """Why it isn't for a model in so many ranks; None: it is."""
+        ...
+
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         """Call `function`, more than once; what is returned does to its tensors what it did."""
         ...
@@ -66,6 +68,17 @@ class Recorder(Protocol):
 
 class CudaRecorder:
     """Captures into CUDA graphs that share their memory: they never run at the same time."""
+
+    what: ClassVar = "CUDA graphs"
+    missed: ClassVar = logging.WARNING
+    # vLLM's, with which padding costs a step little, and 64 sequences take 11 graphs. In larger
+    # steps the device is busy for longer than launching takes.
+    sizes: ClassVar = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+
+    @classmethod
+    def unfit(cls, num_ranks: int) -> str | None:
+        """See `Recorder`."""
+        return None
 
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -96,8 +109,41 @@ class CudaRecorder:
         return replay
 
 
+class CpuRecorder:
+    """Keeps the calls of the C++ kernels, which costs next to nothing, and skips Python's part."""
+
+    what: ClassVar = "decode graphs"
+    missed: ClassVar = logging.INFO  # they save little: many models do without
+    # A row costs what it costs: padding wouldn't be free, as it is on a card.
+    sizes: ClassVar = (*range(1, 9), *range(10, 17, 2), *range(20, 33, 4))
+
+    def __init__(self, device: torch.device) -> None:
+        from mm_engine_kernels.cpu.recording import Recorder
+
+        self._record = Recorder()
+
+    @classmethod
+    def unfit(cls, num_ranks: int) -> str | None:
+        """See `Recorder`."""
+        if num_ranks > 1:
+            return "ranks on a CPU compute without them"
+        if ops.chosen("cpu").name != "cpp":
+            return "only the C++ kernels can be recorded"
+        return None
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        """See `Recorder`."""
+        return self._record(function)
+
+
 #: What captures on each type of device. On others steps run eagerly, and nobody expects more.
-RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
+RECORDERS: dict[str, type[Recorder]] = {"cuda": CudaRecorder, "cpu": CpuRecorder}
+
+
+def ladder(recorder: type[Recorder], max_num_seqs: int) -> list[int]:
+    """The sizes that are captured for up to so many sequences, ascending; that is one of them."""
+    top = min(max_num_seqs, recorder.sizes[-1])
+    return [*(size for size in recorder.sizes if size < top), top]
 
 
 class DecodeGraphs:
@@ -107,11 +153,12 @@ class DecodeGraphs:
         """`dtype` is that of the embeddings. Nothing is captured yet: the largest comes first."""
         self._free = shard.memory.free()
         self.taken: list[int] = []  # bytes of each graph, in the order of capture
-        self.sizes = ladder(shard.max_graphed)
+        recorder = RECORDERS[shard.device.type]
+        self.sizes = ladder(recorder, shard.max_graphed)
         self.dtype = dtype
         self.max_blocks = -(-shard.max_model_len // shard.block_size)  # of a sequence
         self._shard = shard
-        self._record = RECORDERS[shard.device.type](shard.device)
+        self._record = recorder(shard.device)
         self._replays: dict[int, Callable[[], None]] = {}
         self._captured: list[int] = []  # sizes, ascending
         top, device = self.sizes[-1], shard.device

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from mm_engine_kernels import ops
 from torch import Tensor
 
 from mm_engine.outputs import ErrorInfo
@@ -46,7 +47,7 @@ class Finite:
         return cls(
             HostCopy(hidden.isfinite().all(-1)),
             # NaN spreads to the largest; single -inf are fine.
-            None if logits is None else HostCopy(logits.amax(-1).isfinite()),
+            None if logits is None else HostCopy(ops.amax(logits).isfinite()),
             forward.layout.query_lens,
             forward.sampled,
         )

@@ -106,7 +106,7 @@ class ModelShard:
         if self.graphs is not None:
             first, *others = self.graphs.taken
             left = len(self.graphs.sizes) - 1
-            self.memory.graphs = first + left * max(0, *others)
+            self.memory.graphs = first + left * max(others, default=0)
         self.graphs = None
         self.kv_caches = []
 

@@ -93,12 +93,15 @@ class Sampler:
         of the vocabulary, and its neighbours don't notice. Log-probabilities are the model's,
         before penalties, temperature and cuts. Nothing here waits for the device.
         """
-        logits = logits.float()
         params = [sequence.request.sampling_params for sequence in sequences]
+        if all(_is_plain(sequence) for sequence in sequences):
+            chosen = ops.argmax(logits)
+            return Sampled(chosen, params, HostCopy(chosen), None)
+        logits = logits.float()
         wants_logprobs = [i for i, p in enumerate(params) if p.logprobs is not None]
         raw = logits.log_softmax(-1) if wants_logprobs else None
         adjusted = self._adjust(logits, sequences, accepted)
-        chosen = adjusted.argmax(-1)
+        chosen = ops.argmax(adjusted)
         random = [i for i, p in enumerate(params) if not p.greedy]
         if random:
             rows = to_device(random, logits.device)
@@ -210,6 +213,19 @@ class Sampler:
             column([p.top_p for p in params]),
             column([p.min_p for p in params]),
         )
+
+
+def _is_plain(sequence: Sequence) -> bool:
+    """Whether the likeliest token is all that is asked for: a step of such needs one reading."""
+    p = sequence.request.sampling_params
+    return (
+        p.greedy
+        and p.logprobs is None
+        and not p.logit_bias
+        and not p.min_tokens
+        and p.repetition_penalty == 1.0
+        and p.presence_penalty == p.frequency_penalty == 0
+    )
 
 
 def _report(raw: Tensor, chosen: Tensor, wanted: list[int], params: list[SamplingParams]) -> Report:

