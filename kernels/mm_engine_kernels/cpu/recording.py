@@ -88,6 +88,11 @@ class _Traced(TorchDispatchMode):
         super().__init__()
         self._arena = arena
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch asks. To keep its compiler away from this class it would import it: seconds."""
+        return False
+
     def __torch_dispatch__(
         self,
         function: Any,
