@@ -33,6 +33,14 @@ class Packed(Protocol):
         """The weight as it was, `[N, K]`."""
         ...
 
+    def refill(self, weight: Tensor) -> None:
+        """Hold `weight` `[N, K]` from now on, in the memory of the one before.
+
+        Raises:
+            ValueError: its shape or dtype is another.
+        """
+        ...
+
     def __call__(
         self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:

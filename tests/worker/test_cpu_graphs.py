@@ -14,6 +14,8 @@ from mm_engine_kernels import ops
 
 from checkpoints import make_llava
 from mm_engine.config import EngineConfig
+from mm_engine.models.checkpoint import read_weights
+from mm_engine.models.layers import pack_linears
 from mm_engine.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from mm_engine.worker.capture import GraphCapture
 from mm_engine.worker.graphs import DecodeGraphs
@@ -149,6 +151,30 @@ def test_they_are_small_and_quickly_made(tmp_path: Path) -> None:
     record: Any = runner.graphs._record
     hidden = runner.hidden_size * 32 * 4  # bytes of a step's hidden states in float32
     assert record._record.num_bytes < 40 * hidden  # of one layer, however many there are
+
+
+def test_weights_that_are_loaded_anew_are_read(tmp_path: Path, sizes: list[int]) -> None:
+    first, second = make_llava(tmp_path / "a"), make_llava(tmp_path / "b", seed=1)
+    expected, _ = generate(make_runner(second, max_num_seqs=7), [7, 7, 5])
+    runner = make_runner(first, max_num_seqs=7)
+    GraphCapture(runner, enforce_eager=False, progress=False).capture()
+    before, _ = generate(runner, [7, 7, 5])
+    model = runner.model
+    model.load_weights(read_weights(second, progress=False))
+    pack_linears(model)
+    runner.clean(torch.arange(NUM_BLOCKS * 4))
+    got, _ = generate(runner, [7, 7, 5])
+    assert sizes == [7, 5, 7, 5]
+    assert got == expected != before
+
+
+def test_the_time_of_one_token_is_not_that_of_a_replay(tmp_path: Path, sizes: list[int]) -> None:
+    runner = make_runner(make_llava(tmp_path), max_num_seqs=7)
+    GraphCapture(runner, enforce_eager=False, progress=False).capture()
+    assert [num for num, _ in runner.time_steps(4)] == [1, 2, 4]
+    assert not sizes
+    generate(runner, [7, 7])
+    assert sizes == [7]
 
 
 @pytest.mark.usefixtures("reference_kernels")

@@ -50,6 +50,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, length_of(in_features)), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
         self.packed: reference.Packed | None = None
+        self._unpacked: reference.Packed | None = None  # what `packed` was
         self.quantizer: LayerQuantizer | None = None  # None: the weight stays in its dtype
         self.quantized: tuple[Tensor, ...] = ()
         self.num_packed = 0  # numbers of the weight that was given up
@@ -69,7 +70,12 @@ class Linear(nn.Module):
                 self.quantized = self.quantizer.quantize(plain.detach())
                 self._give_up(plain)
         elif self.packed is None:
-            self.packed = ops.pack_linear(plain.detach())
+            if self._unpacked is not None:
+                # Where it was: recorded steps go on reading there.
+                self._unpacked.refill(plain.detach())
+                self.packed, self._unpacked = self._unpacked, None
+            else:
+                self.packed = ops.pack_linear(plain.detach())
             if self.packed is not None:
                 self._give_up(plain)
 
@@ -77,7 +83,7 @@ class Linear(nn.Module):
         """Have the plain weight again, to load into; a quantised one can't be had."""
         if self.packed is not None:
             self.weight = nn.Parameter(self.packed.weight(), requires_grad=False)
-            self.packed = None
+            self.packed, self._unpacked = None, self.packed
 
     def _give_up(self, plain: Tensor) -> None:
         self.num_packed = plain.numel()

@@ -63,6 +63,14 @@ class PackedLinear:
         )
         return out if x.dim() == 2 else out.view(*x.shape[:-1], self.rows)
 
+    def refill(self, weight: Tensor) -> None:
+        """See `reference.Packed`."""
+        check("weight", weight, (self.rows, self.columns), self.dtype)
+        weight = rows_of(weight)
+        kind = DTYPES[self.dtype]
+        where = self.data.data_ptr()
+        _cpu.pack(weight.data_ptr(), weight.stride(0), self.rows, self.columns, kind, where)
+
     @property
     def nbytes(self) -> int:
         """Of memory that the weight takes."""
@@ -102,5 +110,6 @@ def pack_linear(weight: Tensor) -> PackedLinear | None:
     weight = rows_of(weight)
     dtype = DTYPES[weight.dtype]
     data = torch.empty(_cpu.packed_size(rows, columns, dtype), dtype=torch.uint8)
-    _cpu.pack(weight.data_ptr(), weight.stride(0), rows, columns, dtype, data.data_ptr())
-    return PackedLinear(data, rows, columns, weight.dtype)
+    packed = PackedLinear(data, rows, columns, weight.dtype)
+    packed.refill(weight)
+    return packed
