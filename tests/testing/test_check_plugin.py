@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mm_engine.errors import StartupError
+from mm_engine.models.packed_weights import pack_encoders
 from mm_engine.testing import CheckReport, check_plugin
 from mm_engine.testing.oracle import Oracle
 from mm_engine.testing.parity import counterpart
@@ -138,6 +139,9 @@ def test_module_is_found_by_its_weights_where_names_differ(llava: Path) -> None:
     model = torch.nn.Module()
     model.connector = copy.deepcopy(oracle.base.get_submodule(name))
     assert counterpart(model, oracle, name) is model.connector
+    packed = copy.deepcopy(model)
+    pack_encoders(packed)
+    assert counterpart(packed, oracle, name) is packed.connector
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)

@@ -20,6 +20,7 @@ from checkpoints import make_llava, text_config, vision_config
 from mm_engine.config import EngineConfig
 from mm_engine.errors import PluginError, StartupError
 from mm_engine.models.layers import Linear
+from mm_engine.models.packed_weights import PackedWeight
 from mm_engine.models.weights import does_not_fit
 from mm_engine.worker.loader import (
     load_model,
@@ -193,6 +194,9 @@ def test_layers_are_packed_once_loaded(saved: Path) -> None:
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     assert len(linears) == 9
     assert all(layer.packed is not None for layer in linears)
+    encoder = [*model.vision_tower.modules(), *model.multi_modal_projector.modules()]
+    plain = [module for module in encoder if type(module) in (nn.Linear, nn.Conv2d)]
+    assert not plain and sum(isinstance(module, PackedWeight) for module in encoder) == 15
 
 
 def test_a_load_format_that_is_not_known_is_refused(saved: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from mm_engine.models.layers import Linear
+from mm_engine.models.packed_weights import PackedLinear
 from mm_engine.worker import memory
 from mm_engine.worker.memory import DeviceMemory, available_ram, peak_rss, readable, size_of
 
@@ -138,7 +140,11 @@ def test_a_models_size_counts_what_is_packed_and_shared_once() -> None:
     model.quantized.quantized = (torch.empty(16, dtype=torch.int8), torch.empty(2))
     model.quantized.weight = nn.Parameter(torch.empty(0))
     model.register_buffer("table", torch.empty(3))
-    assert size_of(model) == 32 + 32 + (16 + 8) + 12
+    model.encoder = nn.Linear(4, 6)
+    plain = 4 * 6 * 4 + 6 * 4
+    assert size_of(model) == 32 + 32 + (16 + 8) + 12 + plain
+    PackedLinear.adopt(model.encoder, cast(Any, SimpleNamespace(nbytes=128)))
+    assert size_of(model) == 32 + 32 + (16 + 8) + 12 + 128 + 6 * 4
 
 
 @pytest.mark.parametrize(

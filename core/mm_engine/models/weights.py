@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mm_engine.config import Piece
 from mm_engine.errors import StartupError
 from mm_engine.models.layers import Linear, length_of
+from mm_engine.models.packed_weights import PackedWeight
 
 #: Numbers that are drawn for a tensor of random weights at most. A prime: no two rows of a matrix
 #: begin at the same of them, so that its rows differ.
@@ -65,7 +66,7 @@ def weight_targets(model: nn.Module) -> dict[str, Target]:
     targets: dict[str, Target] = {}
     public = checkpoint_names(model)
     for module_name, module in model.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | PackedWeight):
             module.unpack()
         if isinstance(module, Linear) and module.parts:
             parent = module_name.rpartition(".")[0]

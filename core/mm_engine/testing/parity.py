@@ -76,7 +76,8 @@ def counterpart(model: nn.Module, oracle: Oracle, name: str) -> nn.Module | None
         return None
     largest = max(wanted, key=lambda parameter: parameter.numel())
     local = next(n for n, p in oracle.base.get_submodule(name).named_parameters() if p is largest)
-    for path, parameter in model.named_parameters():
+    for path, _ in model.named_parameters():
+        parameter = model.get_parameter(path)  # the plain weight of a packed one too
         same = parameter.shape == largest.shape and torch.equal(parameter, largest)
         if same and path.endswith(f".{local}"):
             return modules[path.removesuffix(f".{local}")]

@@ -19,6 +19,7 @@ from mm_engine.errors import MMEngineError, StartupError
 from mm_engine.models import checkpoint
 from mm_engine.models.interfaces import SupportsVision
 from mm_engine.models.layers import Linear, pack_linears
+from mm_engine.models.packed_weights import pack_encoders
 from mm_engine.models.quantization import Quantization
 from mm_engine.models.quantization_schemes import Scheme, make_scheme
 from mm_engine.models.weights import WeightReport, does_not_fit, fill_random
@@ -198,6 +199,7 @@ def load_model(opened: OpenedModel, device: torch.device) -> LoadedModel:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         num_parameters += sum(m.num_packed for m in model.modules() if isinstance(m, Linear))
         pack_linears(model)
+        pack_encoders(model)
     except (RuntimeError, MemoryError) as error:
         if not does_not_fit(error):
             raise

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mm_engine.models.layers import Linear
+from mm_engine.models.packed_weights import PackedWeight
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -100,8 +101,8 @@ def size_of(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, Linear):
             tensors += module.quantized
-            if module.packed is not None:
-                packed += module.packed.nbytes
+        if isinstance(module, Linear | PackedWeight) and module.packed is not None:
+            packed += module.packed.nbytes
     return packed + sum(t.nbytes for t in {t.data_ptr(): t for t in tensors if t.numel()}.values())
 
 
