@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -109,3 +110,16 @@ def test_another_version_of_transformers_is_imported_in_the_usual_way() -> None:
     fact, modules = run(UNKNOWN_VERSION)
     assert fact == "torch._dynamo._trace_wrapped_higher_order_op"
     assert "torch._dynamo" in modules
+
+
+@pytest.mark.parametrize(("given", "got"), [(None, "passive"), ("active", "active")])
+def test_idle_threads_of_torch_do_not_spin_unless_told_to(given: str | None, got: str) -> None:
+    """libgomp, which isn't torch's on every platform, reads it when it's loaded: before torch."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if given is not None:
+        environment["OMP_WAIT_POLICY"] = given
+    code = "import sys, mm_engine, os; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [got, "False"]
