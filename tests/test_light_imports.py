@@ -29,6 +29,13 @@ assert output.error is None, output.error
 fact = len(output.outputs[0].token_ids)
 """
 
+COLLECTION = """
+import gc
+from mm_engine.light_imports import import_transformers
+import_transformers("mm_engine.worker.loader")
+fact = gc.isenabled(), gc.get_freeze_count() > 100_000, gc.get_stats()[2]["collections"]
+"""
+
 AFTERWARDS = """
 import torch
 import torch.compiler
@@ -92,6 +99,13 @@ def test_an_answer_to_a_picture_takes_no_compiler() -> None:
     assert num_tokens == 2
     assert {"torch", "transformers.modeling_utils"} <= modules
     assert set(UNNEEDED) & modules == set()
+
+
+def test_no_garbage_is_looked_for_among_what_is_imported() -> None:
+    fact, modules = run(COLLECTION)
+    enabled, frozen, num_collections = fact
+    assert enabled and frozen and num_collections <= 2  # what the interpreter did before
+    assert "mm_engine.worker.loader" in modules
 
 
 def test_after_it_everything_is_as_torch_has_it() -> None:

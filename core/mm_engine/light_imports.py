@@ -4,11 +4,15 @@ To import it takes seconds and 150 MB more than to run it: decorators pull in `t
 with it sympy and triton), checks for distributed tensors pull in `torch.distributed.tensor`.
 Processes of our own, in which nothing is compiled, import it through here first. A program that
 embeds the engine does not: it may compile models by itself, or hold distributed tensors.
+
+Nor is garbage looked for meanwhile: what is imported stays, and to go through all of it again and
+again takes a seventh of the time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -23,12 +27,19 @@ MARKS = ("allow_in_graph", "assume_constant_result", "disable")
 MODULES = ("masking_utils", "integrations.sonicmoe", "modeling_utils", "image_processing_utils")
 
 
-def import_transformers() -> None:
-    """Import transformers' modelling and processing code; what it lacks then is said above.
+def import_transformers(*others: str) -> None:
+    """Import transformers' modelling and processing code, and then `others`, modules that need it.
 
-    Nothing comes of it where the compiler is imported already. Call it before other threads start:
-    for its while, modules of torch are stood in for.
+    What it lacks then is said above; nothing where the compiler is imported already. Call it before
+    other threads start: for its while, modules of torch are stood in for.
     """
+    with _no_collection():
+        _import_transformers()
+        for name in others:
+            importlib.import_module(name)
+
+
+def _import_transformers() -> None:
     import torch
     import transformers
 
@@ -42,6 +53,19 @@ def import_transformers() -> None:
     with _no_compiler(torch), contextlib.suppress(Exception):
         for name in MODULES:
             importlib.import_module(f"{transformers.__name__}.{name}")
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Let objects be made without a look for garbage; nor is any looked for among them later."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collects:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 // [K / 2][16][2]. What is beyond N or K is zeros, so that kernels need not know of it.
 #include "pack.h"
 
+#include <vector>
+
 #include "thread_pool.h"
 
 namespace mm {
@@ -9,19 +11,33 @@ namespace {
 
 constexpr int64_t PANEL = 16;
 
-// STEP: neighbours in K that lie together.
+// STEP: neighbours in K that lie together. A panel may take the place of its own rows.
 template <class T, int STEP>
 void pack_panels(const T* weight, int64_t stride, int64_t n, int64_t k, T* packed) {
     const int64_t steps = (k + STEP - 1) / STEP;
+    const bool in_place = weight == packed;
     parallel((n + PANEL - 1) / PANEL, [&](int64_t panel) {
         T* out = packed + panel * steps * STEP * PANEL;
-        for (int64_t i = 0; i < PANEL; ++i) {
-            const int64_t row = panel * PANEL + i;
-            const T* from = weight + row * stride;
-            for (int64_t c = 0; c < steps * STEP; ++c) {
-                T* to = out + c / STEP * STEP * PANEL + i * STEP + c % STEP;
-                *to = row < n && c < k ? from[c] : T{0};
+        const T* from = weight + panel * PANEL * stride;
+        std::vector<T> rows;
+        if (in_place) {
+            rows.assign(from, from + PANEL * stride);
+            from = rows.data();
+        }
+        const int64_t real = n - panel * PANEL < PANEL ? n - panel * PANEL : PANEL;
+        for (int64_t s = 0; s < steps; ++s) {
+            T* to = out + s * STEP * PANEL;
+            if (real == PANEL && (s + 1) * STEP <= k) {
+                for (int64_t i = 0; i < PANEL; ++i)
+                    for (int64_t j = 0; j < STEP; ++j)
+                        to[i * STEP + j] = from[i * stride + s * STEP + j];
+                continue;
             }
+            for (int64_t i = 0; i < PANEL; ++i)
+                for (int64_t j = 0; j < STEP; ++j) {
+                    const int64_t c = s * STEP + j;
+                    to[i * STEP + j] = i < real && c < k ? from[i * stride + c] : T{0};
+                }
         }
     });
 }

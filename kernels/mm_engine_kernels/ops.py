@@ -179,9 +179,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def pack_linear(weight: Tensor) -> reference.Packed | None:
+def pack_linear(weight: Tensor, *, in_place: bool = False) -> reference.Packed | None:
     """See `reference.pack_linear`."""
-    packed: reference.Packed | None = _kernels[weight.device.type].pack_linear(weight)
+    packed: reference.Packed | None = _kernels[weight.device.type].pack_linear(
+        weight, in_place=in_place
+    )
     return packed
 
 

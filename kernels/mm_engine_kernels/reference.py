@@ -48,8 +48,11 @@ class Packed(Protocol):
         ...
 
 
-def pack_linear(weight: Tensor) -> Packed | None:
-    """`weight` `[N, K]`, laid out for the device; None: it has no such layout."""
+def pack_linear(weight: Tensor, *, in_place: bool = False) -> Packed | None:
+    """`weight` `[N, K]`, laid out for the device; None: it has no such layout.
+
+    With `in_place` that may be in the memory of `weight`, which is given up.
+    """
     return None
 
 

@@ -120,3 +120,26 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(IndexError, match="from 0 to 5"):
         layer.weight_rows(torch.tensor([6]))
     assert pack_linear(torch.randn(3, 4).half()) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(48, 22), (16, 2), (48, 23), (47, 22)], ids=str)
+def test_a_weight_is_packed_in_its_own_memory_where_it_fits(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight = torch.randn(shape).to(dtype)
+    expected = weight.clone()
+    layer = pack_linear(weight, in_place=True)
+    assert layer is not None
+    fits = shape[0] % 16 == 0 and (dtype == torch.float32 or shape[1] % 2 == 0)
+    assert (layer.data.data_ptr() == weight.data_ptr()) == fits
+    assert torch.equal(layer.weight(), expected)
+    assert torch.equal(layer.data, packed(expected).data)
+
+
+def test_rows_that_lie_apart_are_not_packed_in_place() -> None:
+    both = torch.randn(32, 48)
+    before = both.clone()
+    layer = pack_linear(both[:, :24], in_place=True)
+    assert layer is not None and torch.equal(layer.weight(), before[:, :24])
+    assert torch.equal(both, before)

@@ -110,6 +110,21 @@ def test_packing_gives_the_plain_weight_up() -> None:
 
 
 @needs_kernels
+def test_a_weight_that_others_use_keeps_its_memory() -> None:
+    model = nn.ModuleList([Linear(8, 16), Linear(8, 16), Linear(8, 16), nn.Embedding(16, 8)])
+    shared = model[3].weight
+    shared.requires_grad_(False).copy_(noise(16, 8))
+    model[0].weight, model[1].weight = shared, nn.Parameter(shared.data, requires_grad=False)
+    before, x = shared.clone(), noise(3, 8)
+    own = model[2].weight.data_ptr()
+    pack_linears(model)
+    assert torch.equal(model[3].weight, before)
+    for layer in model[:2]:
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, before))
+    assert model[2].packed is not None and model[2].packed.data.data_ptr() == own
+
+
+@needs_kernels
 def test_a_packed_weight_comes_back_to_be_loaded_into() -> None:
     block = Block()
     weights = {name: noise(*tensor.shape) for name, tensor in weights_of(block).items()}

@@ -14,7 +14,7 @@ from torch import nn
 from mm_engine.models.layers import Linear
 from mm_engine.models.packed_weights import PackedLinear
 from mm_engine.worker import memory
-from mm_engine.worker.memory import DeviceMemory, available_ram, peak_rss, readable, size_of
+from mm_engine.worker.memory import DeviceMemory, available_ram, peak_rss, readable, size_of, zeros
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -158,3 +158,17 @@ def test_a_models_size_counts_what_is_packed_and_shared_once() -> None:
 )
 def test_sizes_are_written_in_gib(size: int, text: str) -> None:
     assert readable(size) == text
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="resident memory is Linux's")
+def test_zeros_take_memory_where_they_are_written_to() -> None:
+    before = psutil.Process().memory_info().rss
+    cache = zeros((64, 2**20), torch.bfloat16, CPU)
+    assert psutil.Process().memory_info().rss - before < 2**24
+    assert cache.shape == (64, 2**20) and cache.dtype == torch.bfloat16
+    cache[3] = 1
+    assert cache.data_ptr() % 64 == 0
+    assert cache[2:5].float().sum() == 2**20
+    with pytest.raises(MemoryError, match="Cannot allocate memory"):
+        zeros((2**45,), torch.float32, CPU)
+    assert zeros((0, 3), torch.float32, CPU).shape == (0, 3)

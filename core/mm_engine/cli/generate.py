@@ -111,7 +111,7 @@ async def _answer(
     messages: list[dict[str, Any]],
     params: SamplingParams,
 ) -> None:
-    import_transformers()
+    import_transformers("mm_engine.inputs.pipeline", "mm_engine.engine.client")
     from mm_engine.engine.client import EngineClient
     from mm_engine.inputs.pipeline import InputPipeline
     from mm_engine.worker.loader import open_model

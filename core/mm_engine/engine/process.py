@@ -26,7 +26,7 @@ def main(address: str, parent_pid: int, log_level: int) -> int:
     pass_over_damage()
     from mm_engine.light_imports import import_transformers
 
-    import_transformers()  # takes seconds: after all of the above
+    import_transformers("mm_engine.engine.loop")  # takes seconds: after all of the above
     from mm_engine.engine.loop import run
 
     return run(address)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +17,12 @@ from huggingface_hub.errors import (
 )
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from mm_engine.errors import StartupError
+from mm_engine.models.tensor_file import TensorFile
 
 #: What is fetched from the Hub: never pickled weights, never code.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -219,10 +221,8 @@ def read_weights(path: Path, *, progress: bool) -> Iterator[tuple[str, Tensor]]:
         task = bar.add_task("Loading weights", total=sum(file.stat().st_size for file in files))
         for file in files:
             try:
-                with safe_open(file, framework="pt") as shard:
-                    names = shard.keys()  # a safe_open is no mapping
-                    for name in names:
-                        tensor = shard.get_tensor(name)
+                with contextlib.closing(TensorFile(file)) as shard:
+                    for name, tensor in shard.tensors():
                         yield name, tensor
                         bar.advance(task, tensor.numel() * tensor.element_size())
             except (SafetensorError, OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,11 +56,11 @@ class Linear(nn.Module):
         self.quantized: tuple[Tensor, ...] = ()
         self.num_packed = 0  # numbers of the weight that was given up
 
-    def pack(self) -> None:
+    def pack(self, *, in_place: bool = False) -> None:
         """Quantise the weight, or lay it out for the device's kernels; once it is whole.
 
         The plain weight is given up: memory holds one copy. Without a quantizer it stays where
-        there is no such layout.
+        there is no such layout. With `in_place` the layout may lie in the plain weight's memory.
 
         Raises:
             StartupError: the weight can't be quantised.
@@ -75,7 +76,7 @@ class Linear(nn.Module):
                 self._unpacked.refill(plain.detach())
                 self.packed, self._unpacked = self._unpacked, None
             else:
-                self.packed = ops.pack_linear(plain.detach())
+                self.packed = ops.pack_linear(plain.detach(), in_place=in_place)
             if self.packed is not None:
                 self._give_up(plain)
 
@@ -160,7 +161,18 @@ class RotaryTable(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Pack every `Linear` of `model` for the device that it is on."""
+    """Pack every `Linear` of `model` for the device that it is on.
+
+    In the memory of its weight, unless others use that: pages that the process has are had sooner
+    than new ones.
+    """
+    users = Counter(
+        tensor.untyped_storage().data_ptr()
+        for module in model.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    )
     for module in model.modules():
         if isinstance(module, Linear):
-            module.pack()
+            alone = users[module.weight.untyped_storage().data_ptr()] == 1
+            module.pack(in_place=alone)

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mm_engine.config import Piece
 from mm_engine.errors import StartupError
 from mm_engine.models.layers import Linear, length_of
 from mm_engine.models.packed_weights import PackedWeight
+from mm_engine.models.tensor_file import copy_into
 
 #: Numbers that are drawn for a tensor of random weights at most. A prime: no two rows of a matrix
 #: begin at the same of them, so that its rows differ.
@@ -238,7 +240,12 @@ def _copy(name: str, tensor: Tensor, target: Target) -> None:
             f"makes it {target.shape}. The two don't belong together."
         )
     piece, place = target.pieces(tensor)
-    place.copy_(piece)
+    try:
+        copy_into(place, tensor, piece)
+    except (SafetensorError, OSError) as error:
+        raise StartupError(
+            f"{name} can't be read from the checkpoint: {error}. Fetch the checkpoint again."
+        ) from error
 
 
 def fill_random(model: nn.Module, seed: int) -> None:

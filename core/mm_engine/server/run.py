@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import signal
 import socket
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+#: What is imported after the engine process is launched.
+SLOW_IMPORTS = ("mm_engine.inputs.pipeline", "mm_engine.engine.client")
+#: And while that loads the model.
+APP = "mm_engine.server.app"
 _AFTER_DRAIN = 5.0  # seconds for the errors of unfinished answers to be sent
 _WATCH_INTERVAL = 0.25  # seconds between looks at the engine process
 
@@ -72,8 +77,8 @@ def serve(
         listen(settings.host, settings.port) as listener,  # first: it fails in no time
         launched() as launch,
     ):
-        import_transformers()
-        from mm_engine.inputs.pipeline import InputPipeline  # after it: slow imports
+        import_transformers(*SLOW_IMPORTS)
+        from mm_engine.inputs.pipeline import InputPipeline
         from mm_engine.worker.loader import open_model
 
         imported_at = time.monotonic()
@@ -161,11 +166,13 @@ async def _serve(
         loop.add_signal_handler(number, on_signal)
     profile = await asyncio.to_thread(pipeline.dummy_request)
     told_at = time.monotonic()
+    importing = asyncio.create_task(asyncio.to_thread(importlib.import_module, APP))
     client = await _start_engine(config, launch, profile, pipeline.plugin.record, stop)
     if client is None:
         return 0
     try:
         pipeline.limit_length(client.info.kv_cache_tokens)
+        await importing
         service, server = _build(client, pipeline, settings)
         server_box.append(server)
         host, port = listener.getsockname()[:2]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mm_engine.models.layers import Linear
 from mm_engine.models.packed_weights import PackedWeight
@@ -86,6 +88,25 @@ class DeviceMemory:
             free, total = torch.cuda.mem_get_info()
             return int(free - total * (1 - self.utilization)) - self.peak - self.graphs
         return int(available_ram() * self.utilization / self.num_sharing) - self.peak
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.zeros`; on a CPU, what is never written to takes no memory and no time.
+
+    A cache for all sequences that a step may hold is gigabytes, of which most servers use little.
+
+    Raises:
+        MemoryError, RuntimeError: there is no room for it.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not num_bytes:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    own = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
+    try:
+        untouched = mmap.mmap(-1, num_bytes, **own)
+    except OSError as error:
+        raise MemoryError(f"{readable(num_bytes)}: {error.strerror}") from error
+    return torch.frombuffer(untouched, dtype=torch.uint8).view(dtype).view(*shape)
 
 
 def readable(num_bytes: int) -> str:

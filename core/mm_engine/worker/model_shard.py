@@ -20,7 +20,7 @@ from mm_engine.plugins.blame import kind_of, may_be_the_users, one_line
 from mm_engine.worker.batch import StepLayout
 from mm_engine.worker.graphs import DecodeGraphs
 from mm_engine.worker.loader import OpenedModel, load_model, pick_device
-from mm_engine.worker.memory import DeviceMemory, size_of
+from mm_engine.worker.memory import DeviceMemory, size_of, zeros
 from mm_engine.worker.transfers import to_device
 
 
@@ -68,8 +68,8 @@ class ModelShard:
         self.graphs = None  # they read and write the one before
         self.kv_caches = [
             (
-                torch.zeros(shape, dtype=self.cache_dtype, device=self.device),
-                torch.zeros(shape, dtype=self.cache_dtype, device=self.device),
+                zeros(shape, self.cache_dtype, self.device),
+                zeros(shape, self.cache_dtype, self.device),
             )
             for shape in (
                 (num_blocks, self.block_size, layer.num_kv_heads, layer.head_dim)

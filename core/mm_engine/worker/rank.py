@@ -36,7 +36,8 @@ def main(folder: Path, rank: int, parent_pid: int, log_level: int) -> int:
     pass_over_damage()
     from mm_engine.light_imports import import_transformers
 
-    import_transformers()  # takes seconds: after all of the above
+    # Takes seconds: after all of the above.
+    import_transformers("mm_engine.worker.model_shard")
     return Rank(folder, rank).serve()
 
 

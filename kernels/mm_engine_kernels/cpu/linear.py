@@ -102,14 +102,21 @@ class PackedLinear:
         return out
 
 
-def pack_linear(weight: Tensor) -> PackedLinear | None:
-    """`weight` `[N, K]` in the kernels' layout; None if they don't take its dtype."""
+def pack_linear(weight: Tensor, *, in_place: bool = False) -> PackedLinear | None:
+    """`weight` `[N, K]` in the kernels' layout; None if they don't take its dtype.
+
+    With `in_place` the weight is given up: where the layout takes as much, it lies in its memory.
+    """
     if weight.dtype not in DTYPES:
         return None
     rows, columns = weight.shape
     weight = rows_of(weight)
     dtype = DTYPES[weight.dtype]
-    data = torch.empty(_cpu.packed_size(rows, columns, dtype), dtype=torch.uint8)
+    size = _cpu.packed_size(rows, columns, dtype)
+    if in_place and size == weight.nbytes and weight.is_contiguous():
+        data = weight.detach().view(-1).view(torch.uint8)
+    else:
+        data = torch.empty(size, dtype=torch.uint8)
     packed = PackedLinear(data, rows, columns, weight.dtype)
     packed.refill(weight)
     return packed
