@@ -10,57 +10,84 @@ namespace mm::MM_ISA {
 namespace {
 
 constexpr int PANEL = 16, GROUP = 32;
+constexpr int VECTORS = GROUP / W;  // of a group
 
 MM_INLINE float size_of(float x) { return x < 0 ? -x : x; }
 
-// The whole number next to x, whose size is below 2^22.
-MM_INLINE float nearest(float x) {
-    const float shifted = x + 12582912.0f;
-    return shifted - 12582912.0f;
+// Adding it to a number below 2^22 leaves the whole number next to that in the lower bits.
+MM_INLINE vf magic() { return splat(12582912.0f); }
+
+struct Range {
+    float low, high;
+};
+
+MM_INLINE Range range_of(int bits) {
+    return bits == 8 ? Range{-127.0f, 127.0f} : Range{-8.0f, 7.0f};
 }
 
-MM_INLINE float rounded_to_bf16(float x) {
-    bf16 half;
-    narrow(x, &half);
-    return widen(half);
+// The whole numbers that stand for w, multiplied by the inverse of its scale, plus `magic`.
+MM_INLINE vf quantised(vf w, vf inverse, Range range) {
+    return min(splat(range.high), max(splat(range.low), w * inverse)) + magic();
 }
 
-// The sum of squared errors of 32 numbers in this scale, as whole numbers from `low` to `high`.
-MM_INLINE float error_of(const float* w, float scale, float low, float high) {
-    const float inverse = scale == 0 ? 0.0f : 1.0f / scale;
-    float error = 0;
-    for (int j = 0; j < GROUP; ++j) {
-        float q = w[j] * inverse;
-        q = q < low ? low : q;
-        q = nearest(q > high ? high : q);
-        const float off = w[j] - q * scale;
-        error += off * off;
-    }
-    return error;
-}
+MM_INLINE vf inverse_of(vf scale) { return select(scale == 0, vf{}, 1.0f / scale); }
 
 // The scale of 32 numbers: of some near that which takes the largest of them to an end of the
-// range, the one with the least error. In 8 bits these are neighbours in bfloat16, of which the
-// nearest alone would be worse than an exact one; in 4 bits the largest number, which is to be -8,
-// is taken to -6.8 to -9.05: cut off, or not to the end.
-MM_INLINE float scale_of(const float* w, int bits) {
-    float most = 0;
-    for (int j = 0; j < GROUP; ++j) most = size_of(w[j]) > size_of(most) ? w[j] : most;
-    if (most == 0) return 0;
-    float best = 0, least = __builtin_inff();
-    const int candidates = bits == 8 ? 5 : 16;
-    for (int i = 0; i < candidates; ++i) {
-        const float scale = rounded_to_bf16(
-            bits == 8 ? size_of(most) / 127.0f * (1.0f + 0.004f * static_cast<float>(i - 2))
-                      : most / (-6.8f - 0.15f * static_cast<float>(i)));
-        const float error = bits == 8 ? error_of(w, scale, -127.0f, 127.0f)
-                                      : error_of(w, scale, -8.0f, 7.0f);
-        if (error < least || i == 0) {  // the first where squares overflow
-            least = error;
-            best = scale;
+// range, the one with the least sum of squared errors. In 8 bits these are neighbours in bfloat16,
+// of which the nearest alone would be worse than an exact one; in 4 bits the largest number, which
+// is to be -8, is taken to -6.8 to -9.05: cut off, or not to the end. Each lane tries one.
+template <int CANDIDATES>
+MM_INLINE float scale_of(const float* w, float most, Range range) {
+    constexpr int N = (CANDIDATES + W - 1) / W;
+    float scales[N * W], errors[N * W];
+    for (int i = 0; i < N * W; ++i) {
+        const auto step = static_cast<float>(i);
+        scales[i] = CANDIDATES == 16 ? most / (-6.8f - 0.15f * step)
+                                     : size_of(most) / 127.0f * (1.0f + 0.004f * (step - 2.0f));
+    }
+    vf scale[N], inverse[N], error[N];
+    for (int v = 0; v < N; ++v) {
+        scale[v] = rounded<bf16>(load(scales + v * W));
+        inverse[v] = inverse_of(scale[v]);
+        error[v] = vf{};
+    }
+    for (int j = 0; j < GROUP; ++j) {
+        const vf number = splat(w[j]);
+        for (int v = 0; v < N; ++v) {
+            const vf whole = quantised(number, inverse[v], range) - magic();
+            const vf off = number - whole * scale[v];
+            error[v] += off * off;
         }
     }
-    return best;
+    for (int v = 0; v < N; ++v) {
+        store(errors + v * W, error[v]);
+        store(scales + v * W, scale[v]);
+    }
+    int best = 0;  // the first where squares overflow
+    for (int i = 1; i < CANDIDATES; ++i)
+        if (errors[i] < errors[best]) best = i;
+    return scales[best];
+}
+
+MM_INLINE float scale_of(const float* w, int bits) {
+    vf high = load(w), low = -high;
+    for (int v = 1; v < VECTORS; ++v) {
+        high = max(high, load(w + v * W));
+        low = max(low, -load(w + v * W));
+    }
+    const float up = largest(high), down = largest(low);
+    const float most = up >= down ? up : -down;
+    if (most == 0) return 0;
+    return bits == 8 ? scale_of<5>(w, most, range_of(8)) : scale_of<16>(w, most, range_of(4));
+}
+
+template <class T>
+MM_INLINE void load_group(const T* from, int64_t count, float* w) {
+    if (count >= GROUP) {
+        for (int v = 0; v < VECTORS; ++v) store(w + v * W, load(from + v * W));
+    } else {
+        for (int j = 0; j < GROUP; ++j) w[j] = j < count ? widen(from[j]) : 0.0f;
+    }
 }
 
 template <class T>
@@ -73,28 +100,28 @@ void run(const QuantizeArgs& args) {
             const T* from = static_cast<const T*>(args.weight) + row * args.stride;
             for (int64_t g = 0; g < groups; ++g) {
                 float w[GROUP];
-                const int64_t count = row < args.n ? min(GROUP, args.k - g * GROUP) : 0;
-                for (int j = 0; j < GROUP; ++j)
-                    w[j] = j < count ? widen(from[g * GROUP + j]) : 0.0f;
+                load_group(from + g * GROUP, row < args.n ? args.k - g * GROUP : 0, w);
                 const float scale = scale_of(w, args.bits);
                 narrow(
                     scale,
                     static_cast<bf16*>(args.scales) + (panel * groups + g) * PANEL + i);
-                const float inverse = scale == 0 ? 0.0f : 1.0f / scale;
+                int32_t whole[GROUP];
+                const vf inverse = inverse_of(splat(scale));
+                for (int v = 0; v < VECTORS; ++v) {
+                    const vf shifted =
+                        quantised(load(w + v * W), inverse, range_of(args.bits));
+                    store_as(whole + v * W, (vi)shifted - (vi)magic());
+                }
                 uint8_t* out = static_cast<uint8_t*>(args.out) +
                                (panel * groups + g) * group_bytes + i * 4;
-                const float low = args.bits == 8 ? -127.0f : -8.0f;
-                const float high = args.bits == 8 ? 127.0f : 7.0f;
-                for (int j = 0; j < GROUP; ++j) {
-                    float q = w[j] * inverse;
-                    q = q < low ? low : q;
-                    const int whole = static_cast<int>(nearest(q > high ? high : q));
-                    if (args.bits == 8) {
-                        out[j / 4 * PANEL * 4 + j % 4] = static_cast<uint8_t>(whole);
-                    } else {
-                        uint8_t* to = out + j / 8 * PANEL * 4 + j % 4;
-                        const int nibble = whole + 8;
-                        *to = static_cast<uint8_t>(j % 8 < 4 ? nibble : *to | nibble << 4);
+                if (args.bits == 8) {
+                    for (int j = 0; j < GROUP; ++j)
+                        out[j / 4 * PANEL * 4 + j % 4] = static_cast<uint8_t>(whole[j]);
+                } else {
+                    for (int j = 0; j < GROUP / 2; ++j) {
+                        const int32_t* two = whole + j / 4 * 8 + j % 4;
+                        out[j / 4 * PANEL * 4 + j % 4] =
+                            static_cast<uint8_t>((two[0] + 8) | (two[4] + 8) << 4);
                     }
                 }
             }
