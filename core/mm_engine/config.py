@@ -39,6 +39,8 @@ class EngineConfig:
     device: str = "auto"  # auto, cpu, cuda
     #: The text backbone's weights are quantised at load: fp8 (activations, too), int8 or int4.
     quantization: str | None = None
+    #: A folder that keeps a CPU's quantised weights for the next start; None: they aren't kept.
+    packed_cache: str | None = None
     kv_cache_dtype: str = "auto"  # auto: the dtype of the weights; fp8: half of what 16 bits take
     max_model_len: int | None = None  # prompt and output together, tokens
     max_num_seqs: int = 64  # sequences in one step
@@ -83,6 +85,9 @@ class EngineConfig:
             StartupError: naming the option and its value.
         """
         _check_choice("quantization", self.quantization, (None, *QUANTIZATIONS))
+        folder = self.packed_cache
+        ok = folder is None or (isinstance(folder, str) and folder != "")
+        _check(ok, "packed_cache", folder, "a folder's name")
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         for name in (
             "max_num_seqs",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mm_engine.errors import StartupError
-from mm_engine.models import checkpoint
+from mm_engine.models import checkpoint, tensor_file
 from mm_engine.models.tensor_file import TensorFile, copy_into
 
 TENSORS = {
@@ -69,6 +71,32 @@ def test_what_stays_as_it_is_is_read_from_the_file(
         copy_into(some, rows, rows[3:5])
         assert torch.equal(some, TENSORS["rows"][3:5])
     assert read == [24, 15, 1, 3, 5, 8]
+
+
+@pytest.mark.parametrize("positioned", [True, False], ids=["preadv", "seek"])
+def test_large_tensors_are_read_by_several_threads(
+    positioned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_file, "LEAST_READ", 1000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    if not positioned:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    large = torch.randn(37, 111)
+    save_file({"small": torch.zeros(3), "large": large}, tmp_path / "file")
+    readers = set[str]()
+    inner = TensorFile._fill
+
+    def noted(self: TensorFile, left: memoryview, offset: int) -> None:
+        readers.add(threading.current_thread().name)
+        inner(self, left, offset)
+
+    monkeypatch.setattr(TensorFile, "_fill", noted)
+    with opened(tmp_path / "file") as tensors:
+        place = torch.zeros(37, 111)
+        copy_into(place, tensors["large"], tensors["large"])
+    assert torch.equal(place, large)
+    assert readers and all(name.startswith("weights") for name in readers)
+    assert not any(thread.name.startswith("weights") for thread in threading.enumerate())
 
 
 def test_other_copies_are_of_what_the_tensor_holds(path: Path) -> None:

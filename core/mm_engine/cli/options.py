@@ -48,6 +48,16 @@ Quantization = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+PackedCache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keep quantised weights in this folder, for the next start on a CPU. "
+        "Default: they are made anew.",
+        show_default=False,
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 LoadFormat = Annotated[
     Literal["auto", "dummy"],
     typer.Option(

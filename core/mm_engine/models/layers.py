@@ -69,6 +69,7 @@ class Linear(nn.Module):
         if self.quantizer is not None:
             if not self.quantized:
                 self.quantized = self.quantizer.quantize(plain.detach())
+            if plain.numel():  # as it is where what it was quantised to was kept
                 self._give_up(plain)
         elif self.packed is None:
             if self._unpacked is not None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor, nn
 
 from mm_engine.errors import StartupError
 from mm_engine.models.layers import Linear, length_of
+from mm_engine.models.packed_cache import PackedCache
 from mm_engine.models.quantization_schemes import Scheme
 from mm_engine.models.weights import checkpoint_names
 
@@ -47,8 +50,9 @@ class LayerQuantizer:
         Raises:
             StartupError: it holds NaN or infinity, which no scale can be found for.
         """
-        finite = weight.isfinite().all(1)
-        if not bool(finite.all()):
+        ends = torch.stack(torch.aminmax(weight))  # many times as fast as a look at each number
+        if not bool(ends.isfinite().all()):
+            finite = weight.isfinite().all(1)
             names, sizes = self.tensor_names, list(self.tensor_names.values())
             parts = zip(names, finite.split(sizes), strict=True)
             broken = [name for name, rows in parts if not bool(rows.all())]
@@ -72,8 +76,10 @@ class Quantization:
     """
 
     def __init__(self, model: nn.Module, scheme: Scheme) -> None:
-        self.scheme = scheme
+        self.scheme, self.model = scheme, model
         self.layers: list[Linear] = []
+        self.by_name: dict[str, Linear] = {}
+        self.cache: PackedCache | None = None  # where to keep what comes of it
         self.kept: list[str] = []  # for each layer that stays as it is: why
         public = checkpoint_names(model)
         for name, layer in decoder_linears(model):
@@ -88,6 +94,7 @@ class Quantization:
             }
             layer.quantizer = LayerQuantizer(scheme, names)
             self.layers.append(layer)
+            self.by_name[name] = layer
         if not self.layers:
             why = self.kept[0] if self.kept else "its text backbone isn't built of our layers"
             raise StartupError(
@@ -95,9 +102,15 @@ class Quantization:
                 "Use another --quantization, or none."
             )
 
+    def use_cache(self, folder: Path, key: str) -> None:
+        """Take what an earlier start has kept there, else keep there what comes of this one."""
+        cache = PackedCache(folder, key, self.by_name)
+        if not cache.restore():
+            self.cache = cache
+
     def finish(self, *, progress: bool) -> None:
         """Quantise what loading left, with a progress bar on stderr, and log what came of it."""
-        left = [layer for layer in self.layers if not layer.quantized]
+        left = [layer for layer in self.layers if layer.weight.numel()]
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -107,6 +120,8 @@ class Quantization:
         ) as bar:
             for layer in bar.track(left, description="Quantising weights"):
                 layer.pack()
+        if self.cache is not None:
+            self.cache.store()
         before = sum(layer.num_packed * layer.weight.element_size() for layer in self.layers)
         after = sum(part.nbytes for layer in self.layers for part in layer.quantized)
         kept = f"; {len(self.kept)} stay as they are ({', '.join(dict.fromkeys(self.kept))})"

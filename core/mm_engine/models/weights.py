@@ -153,9 +153,11 @@ def load_into(
     }
 
     def take(name: str, original: str, tensor: Tensor, target: Target) -> None:
-        _copy(original, tensor, target)
-        report.loaded.add(name)
         layer = quantized.get(name)
+        was_kept = layer is not None and bool(layer.quantized) and layer.weight.numel() > 0
+        if not was_kept:  # by an earlier start: nothing needs to be read
+            _copy(original, tensor, target)
+        report.loaded.add(name)
         if layer is None or layer.quantizer is None:
             return
         if report.loaded >= layer.quantizer.tensor_names.keys():

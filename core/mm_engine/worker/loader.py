@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from mm_engine_kernels import ops
 from torch import nn
 from transformers.initialization import no_init_weights
 
@@ -19,6 +22,7 @@ from mm_engine.errors import MMEngineError, StartupError
 from mm_engine.models import checkpoint
 from mm_engine.models.interfaces import SupportsVision
 from mm_engine.models.layers import Linear, pack_linears
+from mm_engine.models.packed_cache import key_of
 from mm_engine.models.packed_weights import pack_encoders
 from mm_engine.models.quantization import Quantization
 from mm_engine.models.quantization_schemes import Scheme, make_scheme
@@ -229,6 +233,8 @@ def _load(opened: OpenedModel, scheme: Scheme | None) -> Any:
             "model_class", f"expected an nn.Module with SupportsVision, got {model_class.__name__}"
         )
     quantization = None if scheme is None else Quantization(model, scheme)
+    if quantization is not None and config.packed_cache is not None:
+        _use_cache(quantization, opened)
     if config.load_format == "dummy":
         fill_random(model, config.seed)
     elif config.load_format == "auto":
@@ -252,6 +258,46 @@ def _load(opened: OpenedModel, scheme: Scheme | None) -> Any:
     if quantization is not None:
         quantization.finish(progress=config.progress)
     return model
+
+
+def _use_cache(quantization: Quantization, opened: OpenedModel) -> None:
+    """Have quantised weights kept in the folder that the config names: a CPU's, of a checkpoint."""
+    ctx, config, scheme = opened.ctx, opened.config, quantization.scheme
+    if scheme.device.type != "cpu" or config.load_format != "auto" or config.packed_cache is None:
+        return
+    kernels = ops.chosen("cpu")
+    try:
+        # Whatever may give the weights another order, or other numbers.
+        code = [*_code_of("mm_engine"), *_code_of("mm_engine_kernels")]
+        code += _code_of(type(quantization.model).__module__)
+        key = key_of(
+            checkpoint.weight_files(ctx.checkpoint),
+            code,
+            scheme=f"{scheme.name} {type(scheme).__name__}",
+            kernels=f"{kernels.name} {kernels.version}",
+            torch=torch.__version__,
+            dtype=ctx.dtype,
+            plugin=opened.plugin.label,
+            architecture=ctx.architecture,
+            shard=(ctx.shard.rank, ctx.shard.size),
+            layers=[(name, list(m.weight.shape)) for name, m in quantization.by_name.items()],
+        )
+    except OSError as error:
+        logger.warning("Packed weights aren't kept: %s.", one_line(error))
+        return
+    quantization.use_cache(Path(config.packed_cache).expanduser(), key)
+
+
+def _code_of(module: str) -> list[Path]:
+    """The files of the package that a module is of; of one outside of packages, its own."""
+    loaded, top = sys.modules.get(module), sys.modules.get(module.partition(".")[0])
+    file, package = getattr(loaded, "__file__", None), getattr(top, "__file__", None)
+    if file is None:
+        raise FileNotFoundError(f"no file of {module} is known")
+    if package is None or not hasattr(top, "__path__"):
+        return [Path(file)]
+    found = Path(package).parent.rglob("*")
+    return sorted(path for path in found if path.suffix in (".py", ".so", ".pyd"))
 
 
 def _missing(ctx: ModelContext, report: WeightReport) -> StartupError:

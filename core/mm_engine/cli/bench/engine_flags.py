@@ -32,6 +32,7 @@ class EngineFlags:
     attention_backend: options.AttentionBackend = "auto"
     tensor_parallel_size: options.TensorParallelSize = 1
     quantization: options.Quantization = None
+    packed_cache: options.PackedCache = None
     max_model_len: options.MaxModelLen = None
     load_format: options.LoadFormat = "auto"
     plugin: options.Plugins = None
