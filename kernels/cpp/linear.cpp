@@ -26,13 +26,13 @@ constexpr int MR = 6, NP = 1;  // 24 of 32
 #else
 constexpr int MR = 2, NP = 1;  // 8 of 16
 #endif
-constexpr int MAX_P = 4;           // panels that a kernel reads side by side
+constexpr int MAX_P = 2;           // panels that a kernel reads side by side: four are no faster
 constexpr int64_t KC = 256;        // of K in a block where there are many rows,
 constexpr int64_t KC_FEW = 512;    // and where there are few
 constexpr int64_t MAX_ROWS = 384;  // packed at once, which bounds the memory that takes
 constexpr int64_t TILE_ROWS = 96;
 constexpr int64_t TILE_PANELS = 8;
-constexpr int64_t FEW = 2 * MR;    // up to so many rows, widening a panel once doesn't pay
+constexpr int64_t FEW = 2 * MR;      // up to so many rows, widening a panel once doesn't pay
 constexpr int64_t CHUNK = 1 << 16; // bytes of weight that a thread claims where rows are few
 constexpr int64_t ALONE = 1 << 15; // numbers that one thread packs sooner than it wakes another
 
@@ -60,6 +60,17 @@ struct FloatPanel {
     }
 };
 
+// The upper halves of pairs as float32, where `lower` are the lower ones.
+MM_INLINE vf upper(vu pairs, vf lower) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // Its zeros are where they must be. A mask would take a register, which the sums need.
+    return (vf)_mm256_blend_epi16((__m256i)lower, (__m256i)pairs, 0xaa);
+#else
+    (void)lower;
+    return (vf)(pairs & 0xffff0000u);
+#endif
+}
+
 struct WidenedPairs {
     static constexpr int STEP = 2, A_STEP = 2;
     using A = float;
@@ -71,9 +82,10 @@ struct WidenedPairs {
         for (int j = 0; j < P * NV; ++j)
             w[j] = (vf)(load_as<vu>(b[j / NV] + j % NV * W) << 16);
         FloatPanel::add_products<M, P>(w, a, acc);
+        asm volatile("" ::: "memory");  // the next numbers of A have no registers before this
 #pragma GCC unroll 16
         for (int j = 0; j < P * NV; ++j)
-            w[j] = (vf)(load_as<vu>(b[j / NV] + j % NV * W) & 0xffff0000u);
+            w[j] = upper(load_as<vu>(b[j / NV] + j % NV * W), w[j]);
         FloatPanel::add_products<M, P>(w, a + M, acc);
     }
 };
@@ -98,11 +110,18 @@ struct DotPairs {
 };
 #endif
 
-// Adds the product of M rows and P panels over `steps` steps to `tile` (rows `stride` apart).
+// What is asked of memory while a kernel runs: with each step, one address in each panel.
+struct Ahead {
+    const char* at[MAX_P];
+    int64_t each;  // bytes from one step's address to the next's
+};
+
+// Adds the product of M rows and P panels over `steps` steps to `tile` (rows `stride` apart). A
+// function of its own: inlined, its sums compete with what the loops around it hold in registers.
 template <class Panel, int M, int P>
-void multiply(
+__attribute__((noinline)) void multiply(
     const typename Panel::A* a, const typename Panel::B* const* panels, int64_t steps,
-    float* tile, int64_t stride) {
+    const Ahead& ahead, float* tile, int64_t stride) {
     vf acc[M][P * NV];
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
@@ -110,8 +129,10 @@ void multiply(
         for (int j = 0; j < P * NV; ++j) acc[i][j] = load(tile + i * stride + j * W);
     const typename Panel::B* b[P];
     for (int p = 0; p < P; ++p) b[p] = panels[p];
+    int64_t reach = 0;
     for (int64_t s = 0; s < steps; ++s) {
-        for (int p = 0; p < P; ++p) __builtin_prefetch(b[p] + 16 * PANEL);
+        for (int p = 0; p < P; ++p) __builtin_prefetch(ahead.at[p] + reach, 0, 2);
+        reach += ahead.each;
         Panel::template step<M, P>(b, a, acc);
         for (int p = 0; p < P; ++p) b[p] += PANEL;
         a += M * Panel::A_STEP;
@@ -125,29 +146,27 @@ void multiply(
 template <class Panel, int P, int M = MR>
 MM_INLINE void multiply_rows(
     int64_t m, const typename Panel::A* a, const typename Panel::B* const* panels, int64_t steps,
-    float* tile, int64_t stride) {
+    const Ahead& ahead, float* tile, int64_t stride) {
     if constexpr (M > 1 && M * P > MR * NP) {  // more sums than there are registers: not asked for
-        multiply_rows<Panel, P, M - 1>(m, a, panels, steps, tile, stride);
+        multiply_rows<Panel, P, M - 1>(m, a, panels, steps, ahead, tile, stride);
     } else if constexpr (M == 1) {
-        multiply<Panel, 1, P>(a, panels, steps, tile, stride);
+        multiply<Panel, 1, P>(a, panels, steps, ahead, tile, stride);
     } else if (m == M) {
-        multiply<Panel, M, P>(a, panels, steps, tile, stride);
+        multiply<Panel, M, P>(a, panels, steps, ahead, tile, stride);
     } else {
-        multiply_rows<Panel, P, M - 1>(m, a, panels, steps, tile, stride);
+        multiply_rows<Panel, P, M - 1>(m, a, panels, steps, ahead, tile, stride);
     }
 }
 
-// The same for `count` panels; those that `P` and its halves leave over are read one by one.
+// The same for `count` panels, one or two.
 template <class Panel>
 MM_INLINE void multiply_panels(
     int count, int64_t m, const typename Panel::A* a, const typename Panel::B* const* panels,
-    int64_t steps, float* tile, int64_t stride) {
-    if (count == 4) {
-        multiply_rows<Panel, 4>(m, a, panels, steps, tile, stride);
-    } else if (count == 2) {
-        multiply_rows<Panel, 2>(m, a, panels, steps, tile, stride);
+    int64_t steps, const Ahead& ahead, float* tile, int64_t stride) {
+    if (count == 2) {
+        multiply_rows<Panel, 2>(m, a, panels, steps, ahead, tile, stride);
     } else {
-        multiply_rows<Panel, 1>(m, a, panels, steps, tile, stride);
+        multiply_rows<Panel, 1>(m, a, panels, steps, ahead, tile, stride);
     }
 }
 
@@ -158,22 +177,31 @@ MM_INLINE int panels_at_once(int64_t m, int64_t left) {
     return 1;
 }
 
-// Rows of A, by blocks of `kc` of K, therein by strips of MR rows, therein by K.
-template <class T>
-MM_INLINE void pack_strip(
-    const T* x, int64_t stride, int64_t m, int64_t from, int64_t to, int64_t even_to, float* out) {
+// M rows of A, by K.
+template <int M, class T>
+MM_INLINE void pack_rows(
+    const T* x, int64_t stride, int64_t from, int64_t to, int64_t even_to, float* out) {
     for (int64_t k = from; k < to; ++k)
-        for (int64_t i = 0; i < m; ++i) *out++ = widen(x[i * stride + k]);
-    for (int64_t i = 0; i < (even_to - to) * m; ++i) *out++ = 0;
+        for (int i = 0; i < M; ++i) *out++ = widen(x[i * stride + k]);
+    for (int64_t i = 0; i < (even_to - to) * M; ++i) *out++ = 0;
 }
 
-MM_INLINE void pack_strip(
-    const bf16* x, int64_t stride, int64_t m, int64_t from, int64_t to, int64_t, uint32_t* out) {
+template <int M>
+MM_INLINE void pack_rows(
+    const bf16* x, int64_t stride, int64_t from, int64_t to, int64_t, uint32_t* out) {
     for (int64_t k = from; k < to; k += 2)
-        for (int64_t i = 0; i < m; ++i) {
+        for (int i = 0; i < M; ++i) {
             const uint32_t high = k + 1 < to ? x[i * stride + k + 1].bits : 0;
             *out++ = high << 16 | x[i * stride + k].bits;
         }
+}
+
+template <class T, class A, int M = MR>
+MM_INLINE void pack_strip(
+    const T* x, int64_t stride, int64_t m, int64_t from, int64_t to, int64_t even_to, A* out) {
+    if constexpr (M > 1)
+        if (m < M) return pack_strip<T, A, M - 1>(x, stride, m, from, to, even_to, out);
+    pack_rows<M>(x, stride, from, to, even_to, out);
 }
 
 // Panel: how the packed weight is read. Wide: how it is read once a block was widened, or Panel.
@@ -191,30 +219,31 @@ void run(const LinearArgs& args) {
         const int64_t rows = min(args.m - first_row, MAX_ROWS);
         const bool few = rows <= FEW;
         const int64_t kc = few ? KC_FEW : KC;
+        // Strips of about one height: a low one takes the multipliers as long as a higher one.
         const int64_t strips = ceil_div(rows, MR);
-        const int64_t height = ceil_div(rows, strips);  // even strips: none is left with one row
+        const int64_t height = ceil_div(rows, strips);
+        auto start = [&](int64_t strip) { return strip * rows / strips; };
         const int64_t per_k = Panel::STEP / Panel::A_STEP;  // of K in one number of A
         A* a = static_cast<A*>(scratch(0, sizeof(A) * (rows * k / per_k + 1)));
         const T* x = static_cast<const T*>(args.x) + first_row * args.x_stride;
 
         auto pack = [&](int64_t strip) {
-            const int64_t m = min(height, rows - strip * height);
+            const int64_t row = start(strip), m = start(strip + 1) - row;
             for (int64_t from = 0; from < k; from += kc) {
                 const int64_t even_to = min(from + kc, k), to = min(even_to, args.k);
-                A* out = a + (rows * from + strip * height * (even_to - from)) / per_k;
-                pack_strip(
-                    x + strip * height * args.x_stride, args.x_stride, m, from, to, even_to, out);
+                A* out = a + (rows * from + row * (even_to - from)) / per_k;
+                pack_strip(x + row * args.x_stride, args.x_stride, m, from, to, even_to, out);
             }
         };
         if (rows * k <= ALONE) {
-            for (int64_t strip = 0; strip * height < rows; ++strip) pack(strip);
+            for (int64_t strip = 0; strip < strips; ++strip) pack(strip);
         } else {
-            parallel(ceil_div(rows, height), pack);
+            parallel(strips, pack);
         }
 
-        const int64_t tile_rows = few ? rows : TILE_ROWS / height * height;
-        const int64_t row_tiles = ceil_div(rows, tile_rows);
-        const int at_once = panels_at_once(min(rows, height), panels);
+        const int64_t tile_strips = few ? strips : TILE_ROWS / height;
+        const int64_t row_tiles = ceil_div(strips, tile_strips);
+        const int at_once = panels_at_once(height, panels);
         int64_t tile_panels = TILE_PANELS;
         if (few) {
             const int64_t bytes = panel_size * static_cast<int64_t>(sizeof(B));
@@ -225,22 +254,49 @@ void run(const LinearArgs& args) {
         const int64_t panel_tiles = ceil_div(panels, tile_panels);
 
         parallel(row_tiles * panel_tiles, [&](int64_t index) {
-            const int64_t row = index % row_tiles * tile_rows;
+            const int64_t first_strip = index % row_tiles * tile_strips;
+            const int64_t num_strips = min(strips - first_strip, tile_strips);
+            const int64_t row = start(first_strip), num_rows = start(first_strip + num_strips) - row;
             const int64_t first_panel = index / row_tiles * tile_panels;
-            const int64_t num_rows = min(rows - row, tile_rows);
             const int64_t num_panels = min(panels - first_panel, tile_panels);
             const int64_t width = num_panels * PANEL;
             float* tile = static_cast<float*>(scratch(1, sizeof(float) * num_rows * width));
             __builtin_memset(tile, 0, sizeof(float) * num_rows * width);
 
-            auto multiply_block = [&](int64_t from, int64_t p, int count) {
+            auto block = [&](int64_t p, int64_t from) {
+                return packed + (first_panel + p) * panel_size + from / Panel::STEP * PANEL;
+            };
+            // The block of `count` panels at (p, from); the one at (next_p, next_from) comes next.
+            auto multiply_block = [&](int64_t p, int64_t from, int count, int64_t next_p,
+                                      int64_t next_from) {
                 const int64_t length = min(kc, k - from);
                 const B* b[MAX_P];
-                for (int q = 0; q < count; ++q)
-                    b[q] = packed + (first_panel + p + q) * panel_size +
-                           from / Panel::STEP * PANEL;
-                const A* block = a + (rows * from) / per_k;
-                float* at = tile + p * PANEL;
+                for (int q = 0; q < count; ++q) b[q] = block(p + q, from);
+                auto each_strip = [&](auto panel, auto* blocks) {
+                    using Read = decltype(panel);
+                    const int64_t steps = length / Read::STEP;
+                    // One strip asks for its own block, a little ahead. Of several the first
+                    // would wait for memory and memory for the rest: each asks for its share
+                    // of the next block.
+                    const int64_t bytes =
+                        length / Panel::STEP * PANEL * static_cast<int64_t>(sizeof(B));
+                    const bool alone = num_strips == 1;
+                    Ahead ahead;
+                    ahead.each = alone ? PANEL * static_cast<int64_t>(sizeof(B))
+                                       : bytes / (steps * num_strips);
+                    for (int64_t i = 0; i < num_strips; ++i) {
+                        const int64_t top = start(first_strip + i);
+                        const int64_t m = start(first_strip + i + 1) - top;
+                        for (int q = 0; q < count; ++q)
+                            ahead.at[q] =
+                                alone ? reinterpret_cast<const char*>(b[q] + 16 * PANEL)
+                                      : reinterpret_cast<const char*>(block(next_p + q, next_from)) +
+                                            i * bytes / num_strips;
+                        multiply_panels<Read>(
+                            count, m, a + (rows * from + top * length) / per_k, blocks, steps,
+                            ahead, tile + (top - row) * width + p * PANEL, width);
+                    }
+                };
                 if constexpr (WIDENS) {
                     if (!few) {
                         const float* wide[MAX_P];
@@ -256,34 +312,30 @@ void run(const LinearArgs& args) {
                                     store(out + PANEL + j, (vf)(pair & 0xffff0000u));
                                 }
                         }
-                        for (int64_t i = 0; i < num_rows; i += height) {
-                            const int64_t m = min(height, num_rows - i);
-                            multiply_panels<FloatPanel>(
-                                count, m, block + (row + i) * length, wide, length,
-                                at + i * width, width);
-                        }
+                        each_strip(FloatPanel{}, wide);
                         return;
                     }
                 }
-                for (int64_t i = 0; i < num_rows; i += height) {
-                    const int64_t m = min(height, num_rows - i);
-                    multiply_panels<Panel>(
-                        count, m, block + (row + i) * length / per_k, b, length / Panel::STEP,
-                        at + i * width, width);
-                }
+                each_strip(Panel{}, b);
             };
 
             if (few) {
                 for (int64_t p = 0; p < num_panels;) {
-                    const int count = panels_at_once(min(num_rows, height), num_panels - p);
-                    for (int64_t from = 0; from < k; from += kc) multiply_block(from, p, count);
+                    const int count = panels_at_once(height, num_panels - p);
+                    for (int64_t from = 0; from < k; from += kc) {
+                        const bool last = from + kc >= k;
+                        multiply_block(p, from, count, last ? p + count : p, last ? 0 : from + kc);
+                    }
                     p += count;
                 }
             } else {
                 for (int64_t from = 0; from < k; from += kc)
                     for (int64_t p = 0; p < num_panels;) {
-                        const int count = panels_at_once(min(num_rows, height), num_panels - p);
-                        multiply_block(from, p, count);
+                        const int count = panels_at_once(height, num_panels - p);
+                        const bool last = p + count >= num_panels;
+                        multiply_block(
+                            p, from, count, last && from + kc < k ? 0 : p + count,
+                            !last ? from : from + kc < k ? from + kc : 0);
                         p += count;
                     }
             }
