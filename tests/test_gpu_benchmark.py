@@ -176,7 +176,9 @@ def test_what_cannot_be_measured_is_refused(
     assert says in capsys.readouterr().err
 
 
-def test_formulas_are_what_transformers_model_computes_and_holds(tmp_path: Path) -> None:
+def test_formulas_are_what_transformers_model_computes_and_holds(
+    tmp_path: Path, reference_kernels: None
+) -> None:
     """FLOPs as PyTorch counts them, which takes all scores of causal attention for computed.
 
     It counts the attention that is made of products, and not the CPU's own kernel.

@@ -56,7 +56,7 @@ def test_startup_tries_out_as_many_pictures_as_the_question_has(
 
     monkeypatch.setattr(EngineClient, "start", start)
     monkeypatch.setattr(
-        "mm_engine.cli.generate.import_transformers", lambda: None
+        "mm_engine.cli.generate.import_transformers", lambda *_: None
     )  # this process has it all
     picture = tmp_path / "picture.png"
     quarters(32, 32).save(picture)
