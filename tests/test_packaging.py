@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +12,7 @@ import venv
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from platform import machine
 from typing import Any
 from zipfile import ZipFile
 
@@ -103,6 +105,39 @@ def test_installed_wheels_work_without_the_checkout(
 KERNELS = "from mm_engine_kernels import ops; print(ops.__file__, ops.chosen('cpu'))"
 
 
+def test_one_wheel_has_all_instruction_sets_and_passes_its_tests_without_a_compiler(
+    wheels: dict[str, Path], tmp_path: Path
+) -> None:
+    environment = Environment(tmp_path / "venv")
+    environment.install(wheels["mm_engine_kernels"])
+    (module,) = environment.site.glob("mm_engine_kernels/_cpu.*.so")
+    sets = {"x86_64": ("avx2", "avx512", "avx512_bf16"), "aarch64": ("neon", "neon_bf16")}
+    content = module.read_bytes()
+    assert all(f"\0{name}\0".encode() in content for name in sets.get(machine(), ()))
+    shutil.copytree(ROOT / "tests" / "cpu_kernels", tmp_path / "cpu_kernels")
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    quick = ("rms_norm", "rotary", "silu_mul", "largest", "sample")  # all of them take minutes
+    files = [tmp_path / "cpu_kernels" / f"test_{name}.py" for name in quick]
+    done = subprocess.run(
+        [environment.python, "-c", TESTS, module.parent, "-q", "-n0", "-k", "threads2", *files],
+        cwd=tmp_path,
+        env={"PATH": str(environment.python.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+TESTS = """
+import shutil, sys, pytest
+from mm_engine_kernels import _cpu
+assert _cpu.__file__.startswith(sys.argv[1]), _cpu.__file__
+assert not any(map(shutil.which, ("c++", "g++", "clang++", "cc")))
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
 def test_without_a_compiler_the_kernels_install_and_say_what_is_missing(tmp_path: Path) -> None:
     run(
         *("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT / "kernels"),
@@ -133,11 +168,11 @@ class Environment:
             if not entry.name.startswith("mm_") and entry.suffix != ".pth":
                 (others / entry.name).symlink_to(entry)
         (self.site / "others.pth").write_text(f"{others}\n")
-        self._python = folder / "bin" / "python"
+        self.python = folder / "bin" / "python"
 
     def install(self, *wheels: Path) -> None:
         """As `pip install` does, in this environment."""
-        run("-m", "pip", "--python", self._python, "install", "--quiet", "--no-deps", *wheels)
+        run("-m", "pip", "--python", self.python, "install", "--quiet", "--no-deps", *wheels)
 
     def plugins(self, command: str) -> Any:
         """What `engine plugins <command> --json` says."""

@@ -1,43 +1,43 @@
-// Which instruction set runs: the best that this file was built for and the CPU has.
+// Which instruction set runs: the best that was built and the CPU has.
 #include <atomic>
 #include <cstring>
 
 #include "ops.h"
 
-#define MM_DECLARE(name) \
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+// The build defines MM_ISAS as an X(name) for each set that it compiles, the best first.
+#define X(name) \
     namespace mm::name { \
     extern const Ops table; \
     }
-#if defined(__x86_64__)
-MM_DECLARE(baseline)
-MM_DECLARE(avx2)
-MM_DECLARE(avx512)
-MM_DECLARE(avx512_bf16)
-#elif defined(__aarch64__)
-MM_DECLARE(neon)
-MM_DECLARE(neon_bf16)
-#if defined(__linux__)
-#include <sys/auxv.h>
-#elif defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
-#else
-MM_DECLARE(baseline)
-#endif
+MM_ISAS
+#undef X
 
 namespace mm {
 namespace {
 
-struct Found {
-    Isa at[8];
-    int count = 0;
-    void add(bool has, const char* name, const Ops& table) {
-        if (has) at[count++] = {name, &table};
-    }
-};
-
-#if defined(__aarch64__)
-bool has_bf16() {
+[[maybe_unused]] bool has_baseline() { return true; }
+#if defined(__x86_64__)
+// These ask the system as well whether it saves the wider registers.
+[[maybe_unused]] bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+[[maybe_unused]] bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+[[maybe_unused]] bool has_avx512_bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+#elif defined(__aarch64__)
+[[maybe_unused]] bool has_neon() { return true; }
+[[maybe_unused]] bool has_neon_bf16() {
 #if defined(__linux__)
     return getauxval(AT_HWCAP2) & (1 << 14);  // HWCAP2_BF16
 #elif defined(__APPLE__)
@@ -50,27 +50,22 @@ bool has_bf16() {
 }
 #endif
 
+struct Found {
+    Isa at[8];
+    int count = 0;
+    void add(bool has, const char* name, const Ops& table) {
+        if (has) at[count++] = {name, &table};
+    }
+};
+
 Found find() {
     Found found;
 #if defined(__x86_64__)
-    // These ask the system as well whether it saves the wider registers.
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") &&
-                      __builtin_cpu_supports("avx512vnni");
-    found.add(bf16, "avx512_bf16", avx512_bf16::table);
-    found.add(avx512, "avx512", avx512::table);
-    found.add(avx2, "avx2", avx2::table);
-    found.add(true, "baseline", baseline::table);
-#elif defined(__aarch64__)
-    found.add(has_bf16(), "neon_bf16", neon_bf16::table);
-    found.add(true, "neon", neon::table);
-#else
-    found.add(true, "baseline", baseline::table);
 #endif
+#define X(name) found.add(has_##name(), #name, name::table);
+    MM_ISAS
+#undef X
     return found;
 }
 

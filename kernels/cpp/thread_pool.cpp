@@ -11,7 +11,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -45,6 +44,21 @@ bool spin(F&& ready) {
     } while (std::chrono::steady_clock::now() < end);
     return false;
 }
+
+// std::condition_variable, which a wheel can't have: its `wait` asks for the C++ library of GCC 12
+// or newer (GLIBCXX_3.4.30).
+class Condition {
+  public:
+    template <class F>
+    void wait(std::unique_lock<std::mutex>& lock, F&& ready) {
+        while (!ready()) pthread_cond_wait(&condition_, lock.mutex()->native_handle());
+    }
+    void notify_one() { pthread_cond_signal(&condition_); }
+    void notify_all() { pthread_cond_broadcast(&condition_); }
+
+  private:
+    pthread_cond_t condition_ = PTHREAD_COND_INITIALIZER;
+};
 
 class Pool {
   public:
@@ -145,8 +159,8 @@ class Pool {
     std::atomic<int> asleep_{0};
     std::atomic<bool> failed_{false};
     std::mutex mutex_;
-    std::condition_variable published_;
-    std::condition_variable finished_;
+    Condition published_;
+    Condition finished_;
     bool over_ = false;
 };
 

@@ -30,7 +30,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     extension.use_isa(before)
 
 
-@pytest.fixture(params=[1, 2, 5], ids="{} threads".format, scope="module")
+@pytest.fixture(params=[1, 2, 5], ids="threads{}".format, scope="module")
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """So many threads: one, some, and more than there may be cores."""
     before = extension.num_threads()

@@ -1,0 +1,109 @@
+"""The tests of the C++ kernels once more, under the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# The editable install's finder would win over the folder with the sanitized module.
+RUN = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "Scikit" not in type(f).__name__]
+sys.path.insert(0, {site!r})
+from mm_engine_kernels import _cpu
+assert _cpu.__file__.startswith({site!r}), _cpu.__file__
+{code}
+"""
+TESTS = "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+PAST_THE_END = """
+import torch
+weight, packed = torch.zeros(16 * 8), torch.zeros(16 * 8)
+_cpu.pack(weight.data_ptr(), 8, 16, 8, 0, packed.data_ptr())
+print("all is well", flush=True)
+_cpu.pack(weight.data_ptr(), 8, 16, 8, 0, packed[64:].data_ptr())
+print("nobody saw it")
+"""
+
+
+class Sanitized:
+    """A copy of the package with a module that the sanitizers watch."""
+
+    def __init__(self, folder: Path) -> None:
+        compiler = shutil.which(os.environ.get("CXX", "c++"))
+        if sys.platform != "linux" or compiler is None:
+            pytest.skip("needs Linux and a C++ compiler with its sanitizers")
+        # C++'s library as well: the sanitizer looks for its `throw` before the module brings it.
+        self._libraries = []
+        for name in ("libasan.so", "libstdc++.so"):
+            found = subprocess.run(
+                [compiler, f"-print-file-name={name}"], capture_output=True, text=True
+            ).stdout.strip()
+            if not Path(found).is_absolute():
+                pytest.skip(f"{compiler} has no {name}")
+            self._libraries.append(found)
+        self._site = folder / "site"
+        shutil.copytree(
+            ROOT / "kernels" / "mm_engine_kernels",
+            self._site / "mm_engine_kernels",
+            ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+        )
+        import nanobind
+        from mm_engine_kernels.cpu import extension
+
+        # What this CPU chooses by itself, and what any other falls back to.
+        isas = f"{extension.isas()[0]};baseline"
+        for command in (
+            ["cmake", "-S", str(ROOT / "kernels" / "cmake"), "-B", str(folder / "build")]
+            + ["-G", "Ninja", "-DMM_SANITIZE=ON", f"-DMM_ISAS={isas}"]
+            + [f"-DPython_EXECUTABLE={sys.executable}", f"-Dnanobind_DIR={nanobind.cmake_dir()}"]
+            + [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={self._site / 'mm_engine_kernels'}"],
+            ["cmake", "--build", str(folder / "build")],
+        ):
+            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+            done = subprocess.run(
+                command, capture_output=True, text=True, env={**os.environ, "PATH": path}
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+
+    def run(self, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Python with the sanitizers loaded first, in the checkout's root."""
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": ":".join(self._libraries),
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python's own are many
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        }
+        return subprocess.run(
+            [sys.executable, "-c", RUN.format(site=str(self._site), code=code), *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
+    return Sanitized(tmp_path_factory.mktemp("sanitized"))
+
+
+def test_the_sanitizers_see_a_write_past_the_end(sanitized: Sanitized) -> None:
+    done = sanitized.run(PAST_THE_END)
+    assert "all is well" in done.stdout and "nobody saw it" not in done.stdout
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
+
+
+def test_the_kernels_pass_their_tests_under_the_sanitizers(sanitized: Sanitized) -> None:
+    # Captured, what the sanitizers write as they end the process would be lost.
+    options = ("-q", "-s", "-n0", "-p", "no:cacheprovider")
+    once = "threads2 or test_threads or not threads"  # not with each number of threads
+    done = sanitized.run(TESTS, *options, "-k", once, "tests/cpu_kernels")
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    print(done.stdout.splitlines()[-1])
