@@ -19,6 +19,7 @@ from mm_engine.engine.build import (
     overlaps_steps,
 )
 from mm_engine.errors import PluginError, StartupError
+from mm_engine.request import Item, PlaceholderRange, Request
 
 
 def blocks(available: int = 10**6, *, is_cpu: bool = True, **options: Any) -> int:
@@ -180,7 +181,7 @@ def test_timing_that_has_taken_long_ends_where_a_decodes_pace_is_known(
     monkeypatch.setattr(build, "MAX_TIMING", 0.0)
     runner = Timed(lambda size: 1.0)
     make_pace(cast(Any, runner), PACED, max_tokens=1000)
-    assert runner.sizes[-1] == 64
+    assert runner.sizes[-1] == 32
 
 
 @pytest.mark.parametrize("error", [PluginError("no."), torch.OutOfMemoryError("no.")])
@@ -239,3 +240,36 @@ def test_without_a_limit_nothing_is_timed() -> None:
     runner = Timed(lambda size: 1.0)
     assert make_pace(cast(Any, runner), EngineConfig(model="none"), max_tokens=99) is None
     assert not runner.sizes
+
+
+@pytest.mark.parametrize("takes_text", [True, False])
+def test_a_prompt_that_takes_long_on_a_cpu_is_tried_without_its_images(
+    llava: Path, takes_text: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(build, "MOST_TRIAL_FLOPS", 0.0)
+    monkeypatch.setattr(build, "UNTRIED_SHARE", 100.0)  # more than any trial took
+    tried, run = [], build.ModelRunner.profile
+
+    def profile(runner: build.ModelRunner, requests: list[Request], **few: int) -> None:
+        assert few == ({} if requests[0].items else {"max_num_seqs": 1})
+        tried.append([len(request.items) for request in requests])
+        if not takes_text and tried == [[0]]:
+            raise PluginError("no text without an image.")
+        run(runner, requests, **few)
+
+    monkeypatch.setattr(build.ModelRunner, "profile", profile)
+    llm = LLM(str(llava), max_model_len=64, max_num_seqs=2, device="cpu", progress=False)
+    assert llm.engine.info is not None
+    memory = llm.engine.info.memory
+    assert tried == ([[0]] if takes_text else [[0], [1]])
+    assert (memory.peak >= 100 * memory.weights) == takes_text
+    assert any("Images aren't tried" in text for text in caplog.messages) == takes_text
+
+
+def test_a_requests_text_is_what_no_item_stands_for() -> None:
+    ranges = (PlaceholderRange("image", 0, 1, 2), PlaceholderRange("image", 1, 4, 1))
+    items = tuple(Item(place, "", {}) for place in ranges)
+    request = Request("r", (7, 0, 0, 8, 0, 9), SamplingParams(), items)
+    text = build.text_of(request)
+    assert text.prompt_token_ids == (7, 8, 9) and text.items == ()

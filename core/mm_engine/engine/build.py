@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_ENCODER_CACHE = 128 * 2**20  # bytes
-MAX_TIMING = 5.0  # seconds that timing steps may take, but for the last of them, ...
-MIN_TIMED = 64  # ... and for those up to this many tokens: a decode's pace rests on them
+MOST_TRIAL_FLOPS = 2e11  # of the costliest prompt on a CPU: some cores take a second or two
+UNTRIED_SHARE = 1 / 16  # of the weights' bytes: steps that weren't tried take less beside them
+MAX_TIMING = 1.0  # seconds that timing steps may take, but for the last of them, ...
+MIN_TIMED = 32  # ... and for those up to this many tokens: a decode's pace rests on them
 
 
 def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Request) -> Engine:
@@ -120,12 +122,32 @@ def _build(
 def profile(runner: ModelRunner, request: Request) -> None:
     """Run the costliest prompt, and as many decodes as fit a step.
 
+    On a CPU a large model would take longer for that than for all else of its start. There the
+    prompt's text alone is run, and some decodes; the rest of a step's memory is estimated.
+
     Raises:
         StartupError: there is no memory for it.
         PluginError: the plugin broke its contract on its own dummy data.
     """
+    num_flops = 2 * runner.num_parameters * len(request.prompt_token_ids)
+    text = text_of(request)
+    slow = runner.device.type == "cpu" and num_flops > MOST_TRIAL_FLOPS
     try:
-        runner.profile([request])
+        if not slow or not text.prompt_token_ids:
+            runner.profile([request])
+        else:
+            try:
+                few = int(MOST_TRIAL_FLOPS / 4 / (2 * runner.num_parameters))
+                runner.profile([text], max_num_seqs=max(1, few))
+            except PluginError:  # some models take no text without an image
+                runner.profile([request])
+            else:
+                runner.memory.peak += int(runner.weight_bytes * UNTRIED_SHARE)
+                logger.info(
+                    "Images aren't tried before the first one comes: here that takes a while "
+                    "(%.1f TFLOP).",
+                    num_flops / 1e12,
+                )
     except (RuntimeError, MemoryError) as error:
         if not does_not_fit(error):
             raise
@@ -134,6 +156,15 @@ def profile(runner: ModelRunner, request: Request) -> None:
             f"{one_line(error)}. Lower --max-num-batched-tokens, --max-num-seqs or "
             "--max-model-len, or serve the model where there is more."
         ) from error
+
+
+def text_of(request: Request) -> Request:
+    """The request without its items and their tokens."""
+    images = {
+        i for item in request.items for i in range(item.placeholder.offset, item.placeholder.end)
+    }
+    ids = tuple(id for i, id in enumerate(request.prompt_token_ids) if i not in images)
+    return replace(request, prompt_token_ids=ids, items=())
 
 
 def log_memory(runner: ModelRunner, num_blocks: int) -> MemoryInfo:

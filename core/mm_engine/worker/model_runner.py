@@ -151,14 +151,17 @@ class ModelRunner(ModelShard):
         if self.ranks is not None:
             self.ranks.send(rank_wire.EndTrial())
 
-    def profile(self, requests: Sequence[Request]) -> None:
+    def profile(self, requests: Sequence[Request], *, max_num_seqs: int | None = None) -> None:
         """Run the dummy `requests` whole, to see the peak of memory and check the plugin's counts.
 
         Then as many decodes as a step may hold, over the same tokens: those sample most rows.
+        There are `max_num_seqs` at most, which is the config's by default.
 
         Raises:
             PluginError: the plugin's encoder or model broke its contract on its own dummy data.
         """
+        decodes = min(max_num_seqs or self.config.max_num_seqs, self.config.max_num_seqs)
+        config = replace(self.config, max_num_seqs=decodes)
         for request in requests:
             for item in request.items:
                 self._check_keywords(item)
@@ -178,7 +181,7 @@ class ModelRunner(ModelShard):
                     self._try(ScheduledBatch((ScheduledSequence(sequence, num_new),)))
                     sequence.num_computed_tokens += num_new
                 max_tokens = room // self.cache_bytes_per_block * self.block_size
-                self._try(most_decodes(sequence, self.config, max_tokens=max_tokens))
+                self._try(most_decodes(sequence, config, max_tokens=max_tokens))
             self.encoder.drop([item.content_key for item in request.items])
         self.kv_caches = []
 
