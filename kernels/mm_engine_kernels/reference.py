@@ -33,6 +33,14 @@ class Packed(Protocol):
         """The weight as it was, `[N, K]`."""
         ...
 
+    def weight_rows(self, rows: Tensor) -> Tensor:
+        """The rows `rows` `[R]` of the weight, as they were: `[R, K]`.
+
+        Raises:
+            IndexError: the weight has no such row.
+        """
+        ...
+
     def refill(self, weight: Tensor) -> None:
         """Hold `weight` `[N, K]` from now on, in the memory of the one before.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mm_engine_kernels import ops
 from transformers import GPT2Config, LlavaConfig, MistralConfig, Qwen2Config
 
 from checkpoints import text_config, vision_config
@@ -14,6 +15,8 @@ from mm_engine.config import ModelContext
 from mm_engine.errors import StartupError
 from mm_engine.models import build_decoder
 from mm_engine.models.decoder import Decoder, head_size, layer_window, native_features
+from mm_engine.models.weights import load_into
+from mm_engine.worker.memory import size_of
 
 
 def make_context(text: Any) -> ModelContext:
@@ -107,3 +110,33 @@ def test_choosing_the_slower_decoder_is_logged(caplog: pytest.LogCaptureFixture)
     with caplog.at_level("INFO", "mm_engine"):
         build_decoder(text, make_context(text))
     assert "Text backbone qwen3 runs through transformers' modules." in caplog.messages
+
+
+@pytest.mark.skipif(ops.chosen("cpu").name != "cpp", reason="the C++ kernels aren't built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab_size", [512, 509])
+def test_a_tied_head_is_packed_once_and_looked_up_as_embeddings(
+    vocab_size: int, dtype: torch.dtype
+) -> None:
+    text = text_config("llama", tie_word_embeddings=True, vocab_size=vocab_size)
+    decoder = build_decoder(text, make_context(text))
+    assert isinstance(decoder, Decoder) and decoder.lm_head is None
+    decoder.embedding.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    decoder.to(dtype)
+    weight = decoder.embedding.weight.detach().clone()
+    place, num_bytes = decoder.embedding.weight.data_ptr(), size_of(decoder)
+    decoder.pack_head()
+    packed = decoder.embedding.packed
+    assert (packed.data.data_ptr() == place) == (vocab_size % 16 == 0)  # nothing is filled up
+    assert size_of(decoder) - num_bytes <= 15 * weight[0].nbytes
+    ids = torch.tensor([[3, vocab_size - 1, 0], [7, 7, 1]])
+    assert torch.equal(decoder.embed_tokens(ids), weight[ids])
+    hidden = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    got, wanted = decoder.compute_logits(hidden), hidden.double() @ weight.double().T
+    assert got.dtype == dtype
+    step = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(got.double(), wanted, rtol=step, atol=10 * step)
+    with pytest.raises(IndexError):
+        decoder.embed_tokens(torch.tensor([vocab_size]))
+    load_into(decoder, {"embed_tokens.weight": weight + 1}.items(), {})
+    assert torch.equal(decoder.embed_tokens(ids), (weight + 1)[ids])

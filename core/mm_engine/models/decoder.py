@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from importlib import resources
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from mm_engine.attention.metadata import AttentionMetadata
 from mm_engine.config import ModelContext, Piece, Shard
 from mm_engine.errors import StartupError
 from mm_engine.models.layers import Linear, RMSNorm, RotaryTable
+from mm_engine.models.packed_weights import PackedEmbedding, pack_embedding
 from mm_engine.models.transformers_decoder import TransformersDecoder
 
 logger = logging.getLogger(__name__)
@@ -172,22 +174,33 @@ class Decoder(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """`[N, hidden]` to `[N, vocab]`."""
-        return gathered_logits(self.vocab, hidden, self.embedding.weight, self.lm_head)
+        head: Callable[[Tensor], Tensor] | None = self.lm_head
+        if head is None and isinstance(self.embedding, PackedEmbedding):
+            head = self.embedding.logits
+        return gathered_logits(self.vocab, hidden, self.embedding, head)
+
+    def pack_head(self) -> None:
+        """Lay out embeddings that are the head as well for the device that they are on."""
+        if self.lm_head is None and self.vocab.shard.size == 1:  # else each takes a piece of them
+            pack_embedding(self.embedding)
 
 
 def gathered_logits(
-    vocab: Piece, hidden: Tensor, embeddings: Tensor, head: nn.Module | None
+    vocab: Piece,
+    hidden: Tensor,
+    embedding: nn.Embedding,
+    head: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     """Logits `[N, vocab]` of `hidden` `[N, hidden]`, of which each process computes its piece.
 
-    Without a `head`, which holds this process's piece, they are by the `embeddings`
-    `[vocab, hidden]`, which each process has whole.
+    Without a `head`, which holds this process's piece, they are by the `embedding`, whose weight
+    `[vocab, hidden]` each process has whole.
     """
     end = vocab.start + vocab.num_real
     if head is not None:
-        logits: Tensor = head(hidden)
+        logits = head(hidden)
     else:
-        logits = ops.linear(hidden, embeddings[vocab.start : end])
+        logits = ops.linear(hidden, embedding.weight[vocab.start : end])
     if vocab.shard.size == 1:
         return logits
     if logits.shape[1] < vocab.length:

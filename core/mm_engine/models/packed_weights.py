@@ -106,6 +106,35 @@ class PackedPatches(PackedWeight, nn.Conv2d):
         return out.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
 
 
+class PackedEmbedding(PackedWeight, nn.Embedding):
+    """The embeddings of tokens that are a decoder's head as well."""
+
+    plain = nn.Embedding
+
+    @classmethod
+    def fits(cls, module: Any) -> bool:
+        """It changes no row as it looks it up."""
+        return module.max_norm is None
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """`[...]` ids to `[..., hidden]`."""
+        rows = self.packed.weight_rows(input_ids.reshape(-1))
+        return rows.view(*input_ids.shape, self.shape[1])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[N, hidden]` to `[N, vocab]`."""
+        return self.packed(hidden)
+
+
+def pack_embedding(embedding: nn.Module) -> None:
+    """Pack embeddings that nobody else has the weight of, in their memory if that will do."""
+    if type(embedding) is not nn.Embedding or not PackedEmbedding.fits(embedding):
+        return
+    packed = ops.pack_linear(embedding.weight.detach(), in_place=True)
+    if packed is not None:
+        PackedEmbedding.adopt(embedding, packed)
+
+
 def pack_encoders(model: nn.Module) -> None:
     """Pack what isn't in a decoder, whose layers are ours, for the device that it is on.
 

@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 from mm_engine.config import DEFAULT_LIMITS, EngineConfig, ModelContext, Shard
 from mm_engine.errors import MMEngineError, StartupError
 from mm_engine.models import checkpoint
+from mm_engine.models.decoder import Decoder
 from mm_engine.models.interfaces import SupportsVision
 from mm_engine.models.layers import Linear, pack_linears
 from mm_engine.models.packed_cache import key_of
@@ -204,6 +205,9 @@ def load_model(opened: OpenedModel, device: torch.device) -> LoadedModel:
         num_parameters += sum(m.num_packed for m in model.modules() if isinstance(m, Linear))
         pack_linears(model)
         pack_encoders(model)
+        for decoder in model.modules():
+            if isinstance(decoder, Decoder):
+                decoder.pack_head()
     except (RuntimeError, MemoryError) as error:
         if not does_not_fit(error):
             raise

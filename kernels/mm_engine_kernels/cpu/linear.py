@@ -81,11 +81,7 @@ class PackedLinear:
         return self.weight_rows(torch.arange(self.rows))
 
     def weight_rows(self, rows: Tensor) -> Tensor:
-        """The rows `rows` `[N]` of the weight, as they were: `[N, columns]`.
-
-        Raises:
-            IndexError: the weight has no such row.
-        """
+        """See `reference.Packed`."""
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.rows:
             raise IndexError(f"rows must be from 0 to {self.rows - 1}.")
         out = torch.empty((rows.numel(), self.columns), dtype=self.dtype)
