@@ -55,6 +55,24 @@ struct Nibbles {
     static constexpr float OFFSET = 8;
     template <int M, int V>
     MM_INLINE void add(const uint32_t* const* w, const uint32_t* x, vi (&sums)[M][V]) {
+#if MM_PAIRS_OF_16
+        vs pairs[M][V] = {};
+        each<M, V>(w, x, [&](int i, int j, vu weights, vu activations) {
+            pairs[i][j] += pairs_of_nibbles(weights, activations);
+        });
+#pragma GCC unroll 6
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < V; ++j) sums[i][j] += sum_of_pairs(pairs[i][j]);
+#else
+        each<M, V>(w, x, [&](int i, int j, vu weights, vu activations) {
+            sums[i][j] = dot_nibbles(sums[i][j], weights, activations);
+        });
+#endif
+    }
+    template <int M, int V, class F>
+    MM_INLINE void each(const uint32_t* const* w, const uint32_t* x, const F& f) {
+#pragma GCC unroll 4
         for (int step = 0; step < STEPS; step += 2)
 #pragma GCC unroll 4
             for (int j = 0; j < V; ++j) {
@@ -62,8 +80,8 @@ struct Nibbles {
                 const vu low = both & 0x0f0f0f0fu, high = both >> 4 & 0x0f0f0f0fu;
 #pragma GCC unroll 6
                 for (int i = 0; i < M; ++i) {
-                    sums[i][j] = dot_nibbles(sums[i][j], low, x[step * M + i] + vu{});
-                    sums[i][j] = dot_nibbles(sums[i][j], high, x[(step + 1) * M + i] + vu{});
+                    f(i, j, low, x[step * M + i] + vu{});
+                    f(i, j, high, x[(step + 1) * M + i] + vu{});
                 }
             }
     }
@@ -114,38 +132,50 @@ MM_INLINE void multiply_rows(
     }
 }
 
+// A group of 32 numbers in 8 bits, by its largest: 8 words of four. Returns their sum.
+MM_INLINE int32_t quantize_group(const vf (&v)[GROUP / W], uint32_t (&words)[STEPS], float* scale) {
+    typedef int8_t vb __attribute__((vector_size(W)));
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the whole number below
+    vf most = {}, zero = {};
+    for (const vf& part : v) {
+        const vf size = (vf)((vu)part & 0x7fffffffu);
+        most = size > most ? size : most;
+        zero += part * 0.0f;  // NaN where one isn't finite
+    }
+    const bool finite = sum(zero) == 0.0f;
+    const float largest_size = largest(most);
+    *scale = finite ? largest_size / 127.0f : __builtin_nanf("");  // so the result isn't, either
+    const float inverse = finite && largest_size > 1e-30f ? 127.0f / largest_size : 0.0f;
+    vi total = {};
+    for (int j = 0; j < GROUP / W; ++j) {
+        const vi whole = (vi)((finite ? v[j] : vf{}) * inverse + magic) - (vi)magic;
+        total += whole;
+        store_as(reinterpret_cast<uint8_t*>(words) + j * W, __builtin_convertvector(whole, vb));
+    }
+    int32_t sum = 0;
+    for (int j = 0; j < W; ++j) sum += total[j];
+    return sum;
+}
+
 // Quantises `m` rows of x: bytes [groups][STEPS][m][4], scales and offsets [groups][m].
 template <class T>
 void quantize_strip(
     const T* x, int64_t stride, int64_t m, int64_t k, int64_t groups, float offset, uint8_t* bytes,
     float* scales, float* offsets) {
-    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the whole number below
     for (int64_t i = 0; i < m; ++i)
         for (int64_t g = 0; g < groups; ++g) {
-            float group[GROUP];
-            const int64_t count = min(GROUP, k - g * GROUP);
-            float most = 0;
-            bool finite = true;
-            for (int j = 0; j < GROUP; ++j) {
-                const float v = j < count ? widen(x[i * stride + g * GROUP + j]) : 0.0f;
-                group[j] = v;
-                const float size = v < 0 ? -v : v;
-                finite = finite & (size <= 3.4e38f);  // false for NaN as well
-                most = size > most ? size : most;
+            const T* from = x + i * stride + g * GROUP;
+            T rest[GROUP] = {};
+            if (k - g * GROUP < GROUP) {
+                for (int64_t j = 0; j < k - g * GROUP; ++j) rest[j] = from[j];
+                from = rest;
             }
-            // Where one isn't finite, nor is the result.
-            scales[g * m + i] = finite ? most / 127.0f : __builtin_nanf("");
-            const float inverse = finite && most > 1e-30f ? 127.0f / most : 0.0f;
-            int32_t whole[GROUP];
-            for (int j = 0; j < GROUP; j += W) {
-                const vf v = (finite ? load(group + j) : vf{}) * inverse + magic;
-                store_as(whole + j, (vi)v - (vi)magic);
-            }
-            int32_t sum = 0;
-            for (int j = 0; j < GROUP; ++j) {
-                sum += whole[j];
-                bytes[((g * STEPS + j / 4) * m + i) * 4 + j % 4] = static_cast<uint8_t>(whole[j]);
-            }
+            vf v[GROUP / W];
+            for (int j = 0; j < GROUP / W; ++j) v[j] = load(from + j * W);
+            uint32_t words[STEPS];
+            const int32_t sum = quantize_group(v, words, scales + g * m + i);
+            for (int step = 0; step < STEPS; ++step)
+                __builtin_memcpy(bytes + ((g * STEPS + step) * m + i) * 4, words + step, 4);
             offsets[g * m + i] = offset * static_cast<float>(sum);
         }
 }
