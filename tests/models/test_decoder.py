@@ -15,7 +15,9 @@ from mm_engine.config import ModelContext
 from mm_engine.errors import StartupError
 from mm_engine.models import build_decoder
 from mm_engine.models.decoder import Decoder, head_size, layer_window, native_features
+from mm_engine.models.packed_weights import PackedEmbedding
 from mm_engine.models.weights import load_into
+from mm_engine.worker.loader import pack_heads
 from mm_engine.worker.memory import size_of
 
 
@@ -140,3 +142,19 @@ def test_a_tied_head_is_packed_once_and_looked_up_as_embeddings(
         decoder.embed_tokens(torch.tensor([vocab_size]))
     load_into(decoder, {"embed_tokens.weight": weight + 1}.items(), {})
     assert torch.equal(decoder.embed_tokens(ids), (weight + 1)[ids])
+
+
+@pytest.mark.skipif(ops.chosen("cpu").name != "cpp", reason="the C++ kernels aren't built")
+def test_embeddings_that_somebody_else_reads_stay_as_they_are() -> None:
+    text = text_config("llama", tie_word_embeddings=True)
+    decoder = build_decoder(text, make_context(text))
+    assert isinstance(decoder, Decoder)
+    decoder.embedding.weight.data.normal_()
+    other = torch.nn.Linear(*decoder.embedding.weight.shape[::-1], bias=False)
+    other.weight = decoder.embedding.weight
+    before = other.weight.detach().clone()
+    pack_heads(torch.nn.ModuleList([decoder, other]))
+    assert type(decoder.embedding) is torch.nn.Embedding
+    assert torch.equal(other.weight, before)
+    pack_heads(decoder)
+    assert type(decoder.embedding) is PackedEmbedding

@@ -16,6 +16,7 @@ from checkpoints import make_llava
 from mm_engine.config import EngineConfig
 from mm_engine.models.checkpoint import read_weights
 from mm_engine.models.layers import pack_linears
+from mm_engine.models.packed_weights import PackedEmbedding
 from mm_engine.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from mm_engine.worker.capture import GraphCapture
 from mm_engine.worker.graphs import DecodeGraphs
@@ -102,6 +103,8 @@ def test_replays_give_the_numbers_of_eager_steps(
 ) -> None:
     path = make_llava(tmp_path, backbone=backbone, text_changes=changes)
     runner = make_runner(path, dtype=dtype, quantization=quantization, max_num_seqs=7)
+    decoder = runner.model.language_model
+    assert isinstance(decoder.embedding, PackedEmbedding) == (decoder.lm_head is None)
     counts = [7, 7, 3, 5, 1, 6, 2, 4, 7, 7]  # the first is the prompts'
     expected, logits = generate(runner, counts)
     assert not sizes

@@ -167,13 +167,18 @@ def pack_linears(model: nn.Module) -> None:
     In the memory of its weight, unless others use that: pages that the process has are had sooner
     than new ones.
     """
-    users = Counter(
+    users = users_of_memory(model)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            alone = users[module.weight.untyped_storage().data_ptr()] == 1
+            module.pack(in_place=alone)
+
+
+def users_of_memory(model: nn.Module) -> Counter[int]:
+    """How many parameters and buffers of `model`'s modules lie in the memory at each address."""
+    return Counter(
         tensor.untyped_storage().data_ptr()
         for module in model.modules()
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None
     )
-    for module in model.modules():
-        if isinstance(module, Linear):
-            alone = users[module.weight.untyped_storage().data_ptr()] == 1
-            module.pack(in_place=alone)

@@ -22,7 +22,7 @@ from mm_engine.errors import MMEngineError, StartupError
 from mm_engine.models import checkpoint
 from mm_engine.models.decoder import Decoder
 from mm_engine.models.interfaces import SupportsVision
-from mm_engine.models.layers import Linear, pack_linears
+from mm_engine.models.layers import Linear, pack_linears, users_of_memory
 from mm_engine.models.packed_cache import key_of
 from mm_engine.models.packed_weights import pack_encoders
 from mm_engine.models.quantization import Quantization
@@ -205,9 +205,7 @@ def load_model(opened: OpenedModel, device: torch.device) -> LoadedModel:
         num_parameters += sum(m.num_packed for m in model.modules() if isinstance(m, Linear))
         pack_linears(model)
         pack_encoders(model)
-        for decoder in model.modules():
-            if isinstance(decoder, Decoder):
-                decoder.pack_head()
+        pack_heads(model)
     except (RuntimeError, MemoryError) as error:
         if not does_not_fit(error):
             raise
@@ -262,6 +260,16 @@ def _load(opened: OpenedModel, scheme: Scheme | None) -> Any:
     if quantization is not None:
         quantization.finish(progress=config.progress)
     return model
+
+
+def pack_heads(model: nn.Module) -> None:
+    """Pack heads that are tied to embeddings which nobody else reads."""
+    users = users_of_memory(model)
+    for module in model.modules():
+        if isinstance(module, Decoder):
+            alone = users[module.embedding.weight.untyped_storage().data_ptr()] == 1
+            if alone:
+                module.pack_head()
 
 
 def _use_cache(quantization: Quantization, opened: OpenedModel) -> None:
