@@ -115,7 +115,7 @@ def run(llm: LLM, questions: Sequence[Question], said: list[list[int]] | None) -
     ]
     longer = llm.chat(conversations, many, use_tqdm=False)
     weights = 0
-    for _, layer in decoder_linears(runner._runner.model):
+    for _, layer, _ in decoder_linears(runner._runner.model):
         plain = (layer.num_packed or layer.weight.numel()) * layer.weight.element_size()
         weights += sum(part.nbytes for part in layer.quantized) or plain
     logits = [rows[i, j] for i in range(len(questions)) for j in range(NUM_COMPARED)]

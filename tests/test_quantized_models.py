@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from mm_engine_kernels import ops
 from mm_engine_kernels.quantized import FP8
 from PIL import Image
 
@@ -16,6 +17,7 @@ from mm_engine import LLM, SamplingParams
 from mm_engine.config import EngineConfig
 from mm_engine.errors import StartupError
 from mm_engine.models.layers import Linear
+from mm_engine.models.quantization_schemes import BITS
 from mm_engine.sequence import ScheduledBatch, ScheduledSequence
 from parity import picture
 from poisoned import NUM_BLOCKS, POISON, make_poisoned
@@ -46,27 +48,36 @@ def linears(llm: LLM) -> dict[str, Linear]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("backbone", ["llama", "qwen2", "gemma2"])
-def test_backbones_are_quantised_without_their_head(
+def test_backbones_are_quantised_and_heads_by_our_kernels_only(
     backbone: str, quantization: str, dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = make_llava(tmp_path, backbone=backbone)
     with caplog.at_level(logging.INFO):
         llm = LLM(str(path), dtype=dtype, quantization=quantization, **SMALL)
     plain = LLM(str(path), dtype=dtype, **SMALL)
-    assert f" linear layers to {quantization}: " in caplog.text
+    assert f" linear layers to {quantization}" in caplog.text
     assert llm.engine.info.num_parameters == plain.engine.info.num_parameters
     found = linears(llm)
     assert found
+    ours = quantization in BITS and ops.quantize_linear(torch.ones(8, 32), 8) is not None
     for name, layer in found.items():
-        assert bool(layer.quantized) == ("lm_head" not in name), name
+        is_head = "lm_head" in name
+        assert bool(layer.quantized) == (ours or not is_head), name
+        if layer.quantizer is not None:
+            assert layer.quantizer.scheme.name == ("int8" if is_head else quantization)
         assert (layer.weight.numel() == 0) == bool(layer.quantized) or layer.packed is not None
+    heads = [name for name in found if "lm_head" in name]
+    assert len(heads) == (backbone != "qwen2")  # whose is tied to the embeddings
+    told = bool(heads) and ours and quantization == "int4"
+    assert (f"to {quantization} (the head to int8): " in caplog.text) == told
     assert all(len(answer) == 12 for answer in answers(llm))
 
 
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
 def test_dummy_weights_are_quantised_too(load_format: str, llava: Path) -> None:
     llm = LLM(str(llava), dtype="float32", quantization="int8", load_format=load_format, **SMALL)
-    assert sum(bool(layer.quantized) for layer in linears(llm).values()) == 8
+    with_head = ops.quantize_linear(torch.ones(8, 32), 8) is not None
+    assert sum(bool(layer.quantized) for layer in linears(llm).values()) == 8 + with_head
     answers(llm)
 
 

@@ -21,7 +21,11 @@ constexpr int MR = 3, MAX_P = 1;
 #else
 constexpr int MR = 1, MAX_P = 1;
 #endif
-constexpr int64_t CHUNK = 1 << 15;   // bytes of weight that a thread claims where rows are few
+// Bytes of weight that a thread claims: a few shares for each thread, within these. At the start of
+// each its first lines aren't there yet.
+constexpr int64_t MIN_CHUNK = 1 << 15, MAX_CHUNK = 1 << 18, SHARES = 4;
+constexpr int64_t MAX_PANELS = 64;   // of a chunk, as their results are held in between
+constexpr int64_t AHEAD = 1024;      // words of weight that are asked for before they are used
 constexpr int64_t MANY_ROWS = 48;    // of which a panel is read once
 constexpr int64_t MAX_ROWS = 1024;   // quantised at once
 constexpr int64_t ALONE = 1 << 13;   // numbers that one thread quantises sooner than it wakes another
@@ -100,7 +104,7 @@ void multiply(
         vi sums[M][V] = {};
         for (int p = 0; p < P; ++p)
             for (int line = 0; line < Format::WORDS; line += 16)
-                __builtin_prefetch(w[p] + 4 * Format::WORDS + line);
+                __builtin_prefetch(w[p] + AHEAD + line);
         Format::template add<M, V>(w, strip.x + g * STEPS * M, sums);
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) {
@@ -207,7 +211,10 @@ void run(const QuantizedLinearArgs& args) {
         }
         const int64_t tile_rows = ceil_div(MANY_ROWS, height) * height;
         const int64_t row_tiles = ceil_div(rows, tile_rows);
-        int64_t tile_panels = CHUNK / (groups * Format::WORDS * 4 + 1) / MAX_P * MAX_P;
+        const int64_t panel_bytes = groups * Format::WORDS * 4;
+        const int64_t share = panels * panel_bytes / (SHARES * num_threads());
+        const int64_t chunk = share < MIN_CHUNK ? MIN_CHUNK : min(share, MAX_CHUNK);
+        int64_t tile_panels = min(chunk / (panel_bytes + 1) / MAX_P * MAX_P, MAX_PANELS);
         if (tile_panels < MAX_P) tile_panels = MAX_P;
         parallel(row_tiles * ceil_div(panels, tile_panels), [&](int64_t index) {
             const int64_t row = index % row_tiles * tile_rows;

@@ -20,17 +20,17 @@ from mm_engine.models.weights import checkpoint_names
 logger = logging.getLogger(__name__)
 
 
-def decoder_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
-    """The linear layers of a model's text backbone, by name, without its head.
+def decoder_linears(model: nn.Module) -> Iterator[tuple[str, Linear, bool]]:
+    """The linear layers of a model's text backbone, by name, and whether each is its head.
 
-    The vision tower, the projector, the embeddings and the head stay as they are, as in vLLM: they
-    are small, or what they make is read by all that follows.
+    The vision tower, the projector and the embeddings aren't among them, as in vLLM: they are
+    small, or what they make is read by all that follows.
     """
     for name, module in model.named_modules():
         if hasattr(module, "untie"):  # a decoder, ours or transformers'
             for path, part in module.named_modules(prefix=name):
-                if isinstance(part, Linear) and part is not module.lm_head:
-                    yield path, part
+                if isinstance(part, Linear):
+                    yield path, part, part is module.lm_head
 
 
 class LayerQuantizer:
@@ -71,8 +71,11 @@ class LayerQuantizer:
 class Quantization:
     """Has the layers of a model's text backbone quantised with a scheme, each once it is whole.
 
+    A head that isn't tied to the embeddings is quantised with the scheme's own one for heads, if it
+    has any.
+
     Raises:
-        StartupError: the scheme is for none of them.
+        StartupError: the scheme is for none of the layers.
     """
 
     def __init__(self, model: nn.Module, scheme: Scheme) -> None:
@@ -82,8 +85,11 @@ class Quantization:
         self.cache: PackedCache | None = None  # where to keep what comes of it
         self.kept: list[str] = []  # for each layer that stays as it is: why
         public = checkpoint_names(model)
-        for name, layer in decoder_linears(model):
-            reason = scheme.refusal(*layer.weight.shape)
+        for name, layer, is_head in decoder_linears(model):
+            own_scheme = scheme.head if is_head else scheme
+            if own_scheme is None:
+                continue
+            reason = own_scheme.refusal(*layer.weight.shape)
             if reason is not None:
                 self.kept.append(reason)
                 continue
@@ -92,7 +98,7 @@ class Quantization:
             names = {
                 public(f"{parent}.{part}.weight"): length_of(rows) for part, rows in parts.items()
             }
-            layer.quantizer = LayerQuantizer(scheme, names)
+            layer.quantizer = LayerQuantizer(own_scheme, names)
             self.layers.append(layer)
             self.by_name[name] = layer
         if not self.layers:
@@ -124,11 +130,14 @@ class Quantization:
             self.cache.store()
         before = sum(layer.num_packed * layer.weight.element_size() for layer in self.layers)
         after = sum(part.nbytes for layer in self.layers for part in layer.quantized)
+        others = {layer.quantizer.scheme.name for layer in self.layers if layer.quantizer}
+        head = "".join(f" (the head to {name})" for name in others - {self.scheme.name})
         kept = f"; {len(self.kept)} stay as they are ({', '.join(dict.fromkeys(self.kept))})"
         logger.info(
-            "Quantised %d linear layers to %s: %.4g MiB instead of %.4g%s.",
+            "Quantised %d linear layers to %s%s: %.4g MiB instead of %.4g%s.",
             len(self.layers),
             self.scheme.name,
+            head,
             after / 2**20,
             before / 2**20,
             kept if self.kept else "",
