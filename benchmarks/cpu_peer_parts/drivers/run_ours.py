@@ -1,4 +1,8 @@
-"""This engine, offline, as `LLM` has it by default but for the prefix cache."""
+"""This engine, offline, as `LLM` has it by default but for the prefix cache.
+
+It is imported as `engine generate` and the server do it, without the parts of torch that only
+compiling needs.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,9 @@ def load(
     quantization: str | None = None,
 ) -> dict[str, Any]:
     """Import, load, be ready to answer."""
+    from mm_engine.light_imports import import_transformers
+
+    import_transformers()
     import torch
 
     from mm_engine import LLM
