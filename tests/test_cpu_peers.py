@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +24,10 @@ PLAYED = """
 import os, sys, time
 from protocol import Events, serve, versions
 
+loaded = {{}}
+
 def load(**arguments):
+    loaded.update(quantization=2 * bool(arguments.get("quantization")))
     return {{"versions": versions(), "kv_bytes": arguments["kv_bytes"]}}
 
 def prepare(**arguments):
@@ -39,7 +43,13 @@ def answer(prompts, num_tokens, images, image_size):
     print("what a library prints")
     return events.answer([7] * len(prompts))
 
-serve({{"load": load, "answer": answer, "prepare": prepare}})
+def logits(prompts, path):
+    {extra}
+    import numpy as np
+    np.save(path, np.arange(12.0).reshape(3, 4) + loaded.get("quantization", 0))
+    return {{}}
+
+serve({{"load": load, "answer": answer, "prepare": prepare, "logits": logits}})
 """
 PLAYED_FLOORS = """
 from protocol import serve
@@ -114,7 +124,8 @@ def test_this_engine_and_transformers_answer_alike(
     peers: Callable[..., Any], checkpoint: Path
 ) -> None:
     """The real ones, in processes of their own."""
-    record = peers("--sections", "decode", "image", "memory", "--threads", "1")
+    sections = ("decode", "image", "memory", "quantized")
+    record = peers("--sections", *sections, "--threads", "1")
     assert record["benchmark"] == "cpu_peers" and record["dtype"] == "float32"
     assert record["threads"] == 1 and {"machine", "versions", "commit"} <= record.keys()
     assert record["engines"]["transformers"]["versions"]["torch"]
@@ -123,6 +134,12 @@ def test_this_engine_and_transformers_answer_alike(
     assert record["floors"]["before"]["products"].keys() == {"float32", "bfloat16"}
     assert record["floors"]["after"]["bandwidth"]["bytes_per_second"] > 0
     found = rows(record)
+    errors = [found.pop(f"{kind} error")["medians"] for kind in ("int8", "int4")]
+    assert [error.keys() for error in errors] == [{"mm-engine"}] * 2
+    eight, four = (error["mm-engine"] for error in errors)
+    assert 0.001 < eight < 0.03 < four < 0.5
+    assert found.pop("int8")["medians"]["mm-engine"] > 0
+    assert found.pop("int4")["medians"]["mm-engine"] > 0
     assert found.keys() == {"decode 1", "decode 3", "image", "memory"}
     for row in found.values():
         assert row["medians"].keys() == {"mm-engine", "transformers"}, row
@@ -156,10 +173,13 @@ def test_all_sections_run_and_one_that_fails_says_why(
     assert {section["status"] for section in record["sections"].values()} == {"ok"}
     found = rows(record)
     assert {"launch", "memory", "decode 1", "prefill", "image", "slope", "busy"} <= found.keys()
-    assert {"requests", "int8", "int4", "context 96"} <= found.keys()
+    assert {"requests", "int8", "int4", "int4 error", "context 96"} <= found.keys()
+    deviation = statistics.pstdev(range(12))
+    assert found["int8 error"]["medians"] == {"mm-engine": pytest.approx(2 / deviation)}
+    assert found["int8 error"]["missing"]["llama.cpp"] == "logits: ValueError: no"
     for key, row in found.items():
         assert row["medians"]["mm-engine"] > 0 or key == "slope"
-        if key not in ("int8", "int4", "slope"):
+        if not key.startswith(("int8", "int4", "slope")):
             assert row["medians"]["transformers"] > 0
             assert row["missing"]["vLLM"] == (
                 "answer: its process ended with exit status 3: out of luck"

@@ -74,10 +74,35 @@ def test_records_of_other_benchmarks_make_no_table(
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     alone = module.tables()
     assert figure() in alone  # the control
-    others = [{"figures": {}}, {"rows": []}, {"rows": [{"queue": 1}]}, {"rows": [1]}, [1], None]
+    others = [
+        {"figures": {}},
+        {"benchmark": "gpu"},
+        {"rows": []},
+        {"rows": [{"queue": 1}]},
+        {"rows": [1]},
+        [1],
+        None,
+    ]
     for number, other in enumerate(others):
         (tmp_path / f"b{number}.json").write_text(json.dumps(other))
     assert module.tables() == alone
+
+
+def test_engines_that_were_measured_together_stand_side_by_side() -> None:
+    record = json.loads((RECORD.parent / "cpu-peers-float32.json").read_text())
+    rows = {row["key"]: row for part in record["sections"].values() for row in part["rows"]}
+    row = rows["decode 8"]
+    lines = README.splitlines()
+    (line,) = (line for line in lines if line.startswith(f"| {row['name']} | **"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert lines[lines.index(line) - 5].startswith(
+        "| | mm-engine | transformers | vLLM | llama.cpp"
+    )
+    assert cells[1] == f"**{row['medians']['mm-engine']:.3g} tokens/s**"
+    assert cells[3] == f"{row['medians']['vLLM']:.3g} tokens/s ({row['ratios']['vLLM']:.2f}×)"
+    ours, theirs = row["medians"]["mm-engine"], row["medians"]["vLLM"]
+    assert row["ratios"]["vLLM"] == pytest.approx(ours / theirs)
+    assert "a token after" not in README and "– |" in README
 
 
 def test_a_figure_that_is_changed_by_hand_does_not_stay() -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cpu_peer_parts.client import Peer, PeerError
 from cpu_peer_parts.rows import OURS
 from cpu_peer_parts.sizes import QUANTIZATION_OF_LLAMA_CPP, Sizes
@@ -185,6 +187,16 @@ class Fleet:
             images=images,
             image_size=size,
         )
+
+    def logits(self, name: str, quantization: str | None = None) -> np.ndarray[Any, Any]:
+        """An engine's logits `[prompts, vocabulary]`, those that follow `Sizes.error_prompts`."""
+        path = self.folder / "logits.npy"
+        self.get(name, quantization).ask(
+            "logits", self.limit, prompts=self.sizes.error_prompts, path=str(path)
+        )
+        found: np.ndarray[Any, Any] = np.load(path)
+        path.unlink()
+        return found
 
     def close(self, name: str, quantization: str | None = None) -> None:
         """End an engine's process, if there is one."""

@@ -2,91 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
+from cpu_peer_parts.bench import Bench, decode_row, rate_of
 from cpu_peer_parts.client import Peer, PeerError
-from cpu_peer_parts.fleet import LLAMA_CPP, TRANSFORMERS, VLLM, Fleet
-from cpu_peer_parts.rows import (
-    OURS,
-    Row,
-    decode_rate,
-    first_seconds,
-    last_seconds,
-    slope,
-    turns,
-)
-from cpu_peer_parts.sizes import (
-    LAUNCH_SECONDS,
-    MEMORY_REST,
-    MEMORY_SHARE,
-    QUANTIZED_BITS,
-    TARGETS,
-    Floors,
-    Sizes,
-)
+from cpu_peer_parts.fleet import LLAMA_CPP, Fleet
+from cpu_peer_parts.quantized import quantized
+from cpu_peer_parts.rows import OURS, Row, decode_rate, first_seconds, last_seconds, slope, turns
+from cpu_peer_parts.sizes import LAUNCH_SECONDS, MEMORY_REST, MEMORY_SHARE, Floors
 
 NO_TOWER = "the GGUF that is made here holds the text backbone only"
-NOT_ASKED = "no 8- or 4-bit weights of a random checkpoint without a conversion of its own"
-
-
-@dataclass(slots=True)
-class Bench:
-    """What the sections share."""
-
-    fleet: Fleet
-    floors: Floors
-    rounds: int
-    seconds: float  # of a section
-    say: Callable[[str], None]
-    rows: list[Row] = field(default_factory=list)  # of the section that runs
-    known: dict[str, Row] = field(default_factory=dict)  # of all, by key
-    seeds: Iterator[int] = field(default_factory=itertools.count)
-
-    @property
-    def sizes(self) -> Sizes:
-        """What is asked."""
-        return self.fleet.sizes
-
-    def row(self, key: str, name: str, unit: str, *, higher: bool, **more: Any) -> Row:
-        """A new row, with the targets of its key, without the engines that can't take part."""
-        row = Row(key, name, unit, higher, targets=TARGETS.get(key, {}), **more)
-        row.missing |= self.fleet.missing()
-        self.rows.append(row)
-        self.known[key] = row
-        return row
-
-    def turns(self, row: Row, engines: Mapping[str, Callable[[int], float]], share: float) -> None:
-        """Measure a row within a share of the section's time."""
-        turns(
-            row,
-            {name: engine for name, engine in engines.items() if name not in row.missing},
-            rounds=self.rounds,
-            deadline=time.monotonic() + share * self.seconds,
-            say=self.say,
-            warm_up=self.rounds > 1,
-        )
-
-    def each(self, figure: Callable[[str], float]) -> dict[str, Callable[[int], float]]:
-        """One measurement of every engine."""
-        return {name: lambda _, name=name: figure(name) for name in self.fleet.names()}
-
-    def each_with_images(
-        self, count: int, figure: Callable[[str, list[int]], float]
-    ) -> dict[str, Callable[[int], float]]:
-        """The same with seeds of pictures: in a round the same for all, and seen by none before."""
-        first = next(self.seeds) * 100_000
-
-        def measurement(name: str) -> Callable[[int], float]:
-            return lambda round_: figure(name, [first + round_ * count + i for i in range(count)])
-
-        return {name: measurement(name) for name in self.fleet.names()}
 
 
 def launch(bench: Bench) -> None:
@@ -163,8 +93,8 @@ def decode(bench: Bench) -> None:
     """Tokens per second of sequences that decode together, each behind a text prompt."""
     for count in bench.sizes.decodes:
         name = f"decode, {count} sequence{'s' * (count > 1)}"
-        row = _decode_row(bench, f"decode {count}", name, count)
-        bench.turns(row, bench.each(_rate(bench, row, count)), 1 / len(bench.sizes.decodes))
+        row = decode_row(bench, f"decode {count}", name, count)
+        bench.turns(row, bench.each(rate_of(bench, row, count)), 1 / len(bench.sizes.decodes))
 
 
 def prefill(bench: Bench) -> None:
@@ -180,20 +110,6 @@ def prefill(bench: Bench) -> None:
         return length / first_seconds(answer, 1)
 
     bench.turns(row, bench.each(rate), 1.0)
-
-
-def quantized(bench: Bench) -> None:
-    """Decode of one sequence with 8- and 4-bit weights; how far they are off isn't measured."""
-    for kind, bits in QUANTIZED_BITS.items():
-        row = _decode_row(bench, kind, f"decode, 1 sequence, {kind} weights", 1, bits)
-        for name in (TRANSFORMERS, VLLM):
-            row.missing.setdefault(name, NOT_ASKED)
-        row.details["llama.cpp"] = {"int8": "Q8_0", "int4": "Q4_0"}[kind]
-        try:
-            bench.turns(row, bench.each(_rate(bench, row, 1, kind)), 1 / len(QUANTIZED_BITS))
-        finally:
-            for name in (OURS, LLAMA_CPP):
-                bench.fleet.close(name, kind)
 
 
 def requests(bench: Bench) -> None:
@@ -246,7 +162,7 @@ def context(bench: Bench) -> None:
     sizes = bench.sizes
     points: list[tuple[float, Row]] = []
     for length in sizes.contexts:
-        prompt = length - sizes.num_decoded + 1
+        prompt = length - sizes.num_decoded
         middle = prompt + sizes.num_decoded / 2
         floor = bench.floors.step_seconds([round(middle)]) * 1e3
         name = f"a token after {length} tokens"
@@ -277,8 +193,8 @@ def busy(bench: Bench) -> None:
 
     The share that is left of the rate without it is in the details, if that was measured.
     """
-    row = _decode_row(bench, "busy", "decode, 1 sequence, beside a busy process", 1)
-    figure = _rate(bench, row, 1)
+    row = decode_row(bench, "busy", "decode, 1 sequence, beside a busy process", 1)
+    figure = rate_of(bench, row, 1)
     for name in bench.fleet.names():  # loaded before the machine is kept busy
         try:
             bench.fleet.get(name)
@@ -306,28 +222,6 @@ def busy_process() -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.kill()
         process.wait()
-
-
-def _decode_row(bench: Bench, key: str, name: str, count: int, bits: float | None = None) -> Row:
-    sizes = bench.sizes
-    middle = sizes.prompt + sizes.num_decoded // 2
-    floor = count / bench.floors.step_seconds([middle] * count, bits)
-    return bench.row(key, name, "tokens/s", higher=True, floor=floor)
-
-
-def _rate(
-    bench: Bench, row: Row, count: int, quantization: str | None = None
-) -> Callable[[str], float]:
-    """Measures an engine's decode, and notes which tokens it began with."""
-    sizes = bench.sizes
-    prompts = [sizes.text_ids[: sizes.prompt]] * count
-
-    def rate(name: str) -> float:
-        answer = bench.fleet.ask(name, prompts, sizes.num_decoded, quantization=quantization)
-        row.details.setdefault("first_token", {})[name] = answer["first_tokens"][0]
-        return decode_rate(answer, count)
-
-    return rate
 
 
 SECTIONS: Mapping[str, Callable[[Bench], None]] = {

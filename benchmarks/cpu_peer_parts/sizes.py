@@ -27,9 +27,10 @@ class Sizes:
     num_requests: int = 16
     request_text: int = 32
     request_answer: int = 64
-    contexts: Sequence[int] = (128, 512, 1024, 2048, 3072, 4096)  # that the last step attends to
+    contexts: Sequence[int] = (128, 512, 1024, 2048, 3072, 4096)  # a prompt with its answer
     kv_tokens: int = 12288  # of every engine's cache
     max_model_len: int = 4096
+    error_prompt: int = 33  # of what logits are compared after
     read_bytes: int = 1 << 30
     rounds: int = 5
 
@@ -46,6 +47,12 @@ class Sizes:
     def image_ids(self, num_text: int) -> list[int]:
         """A prompt of one image and `num_text` tokens of text, BOS included."""
         return [1, IMAGE_TOKEN, *text_ids(num_text)[1:]]
+
+    @property
+    def error_prompts(self) -> list[list[int]]:
+        """Some texts of few tokens, which begin in different ways."""
+        length = self.error_prompt
+        return [text_ids(length + i)[:1] + text_ids(length + i)[i + 1 :] for i in range(8)]
 
     @property
     def products(self) -> list[list[int]]:
@@ -156,6 +163,8 @@ TARGETS: Mapping[str, Mapping[str, float]] = {
     "requests": {"vLLM": 1 / 0.9},
     "int8": {"llama.cpp": 1.1},
     "int4": {"llama.cpp": 1.15},
+    "int8 error": {"llama.cpp": 1.0},
+    "int4 error": {"llama.cpp": 1.0},
 }
 LAUNCH_SECONDS = 6.0  # to the first token, at most
 MEMORY_SHARE, MEMORY_REST = 1.15, 300e6  # of weights and cache, and bytes on top, at most

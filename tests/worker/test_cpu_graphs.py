@@ -122,9 +122,9 @@ def test_between_the_sizes_steps_are_padded(tmp_path: Path, sizes: list[int]) ->
     runner = make_runner(make_llava(tmp_path), max_num_seqs=7)
     expected, _ = generate(runner, [7, 7, 5])
     runner.init_cache(NUM_BLOCKS)
-    capturing = GraphCapture(runner, enforce_eager=False, progress=False)
-    capturing._sizes = [7, 6]
-    capturing.capture()
+    GraphCapture(runner, enforce_eager=False, progress=False).capture()
+    assert runner.graphs is not None
+    runner.graphs.sizes = [6, 7]
     got, _ = generate(runner, [7, 7, 5])
     assert sizes == [7, 6]
     assert got == expected
@@ -144,6 +144,45 @@ def test_a_model_that_computes_with_pytorch_runs_without(
     assert said.endswith("Decodes run without them, as with --enforce-eager.")
     generate(runner, [7, 7])
     assert not sizes
+
+
+def test_each_is_made_when_a_step_first_takes_it(tmp_path: Path, sizes: list[int]) -> None:
+    runner = make_runner(make_llava(tmp_path), max_num_seqs=7)
+    GraphCapture(runner, enforce_eager=False, progress=False).capture()
+    graphs: Any = runner.graphs
+    assert list(graphs._replays) == [7]
+    generate(runner, [7, 7, 3, 3, 5])
+    assert list(graphs._replays) == [7, 3, 5]
+    assert sizes == [7, 3, 3, 5]
+
+
+def test_one_that_can_not_be_made_leaves_its_steps_to_the_next(
+    tmp_path: Path,
+    sizes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    runner = make_runner(make_llava(tmp_path), max_num_seqs=7)
+    expected, _ = generate(runner, [7, 7, 3, 3, 5])
+    runner.init_cache(NUM_BLOCKS)
+    GraphCapture(runner, enforce_eager=False, progress=False).capture()
+    forward = DecodeGraphs._forward
+
+    def fails(self: DecodeGraphs, size: int) -> None:
+        forward(self, size)
+        if size in (3, 4):
+            torch.zeros(1).item()
+
+    monkeypatch.setattr(DecodeGraphs, "_forward", fails)
+    got, _ = generate(runner, [7, 7, 3, 3, 5])
+    assert got == expected
+    assert sizes == [7, 5, 5, 5]
+    told = [text for text in caplog.messages if text.startswith("No decode graphs of")]
+    assert [text.partition(": NotRecorded: ")[0] for text in told] == [
+        "No decode graphs of 3 decodes",
+        "No decode graphs of 4 decodes",
+    ]
 
 
 def test_they_are_small_and_quickly_made(tmp_path: Path) -> None:

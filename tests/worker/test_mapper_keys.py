@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from checkpoints import make_llava
 from mm_engine import LLM, SamplingParams
+from mm_engine.engine import build
 from mm_engine.errors import PluginError
 from pictures import quarters
 
@@ -55,6 +57,7 @@ def test_method_that_takes_the_mappers_tensors_is_served(
     assert len(output.outputs[0].token_ids) == 2
 
 
+@pytest.mark.parametrize("most_flops", [math.inf, 0.0])  # 0: images aren't tried
 @pytest.mark.parametrize(
     ("signature", "got"),
     [
@@ -65,8 +68,14 @@ def test_method_that_takes_the_mappers_tensors_is_served(
     ],
 )
 def test_method_that_does_not_is_refused_at_startup(
-    checkpoint: Path, tmp_path: Path, signature: str, got: str
+    checkpoint: Path,
+    tmp_path: Path,
+    signature: str,
+    got: str,
+    most_flops: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(build, "MOST_TRIAL_FLOPS", most_flops)
     expected = (
         r"own_plugin\.py sha256:\w+ · embed_images \(own_plugin\.py:\d+\): expected the mapper's"
         rf" tensors \['pixels', 'scale'\] as keywords, got {got}\."

@@ -74,33 +74,47 @@ def answer(
     prompts: list[list[int]], num_tokens: int, images: list[int], image_size: int
 ) -> dict[str, Any]:
     """`num_tokens` for each prompt, greedily: all prompts first, then all sequences together."""
-    import llama_cpp as api
-
     if images:
         raise RuntimeError("this GGUF has no vision tower")
     events, count = Events(), len(prompts)
+    newest = [int(row.argmax()) for row in read(prompts)]
+    firsts = list(newest)
+    events.tell(count, count, count * (num_tokens == 1))
+    for i in range(num_tokens - 1):
+        step = [(newest[k], len(prompts[k]) + i, k, True) for k in range(count)]
+        for number, row in decode(step).items():
+            newest[number] = int(row.argmax())
+        events.tell(0, count, count * (i == num_tokens - 2))
+    return events.answer(firsts)
+
+
+def logits(prompts: list[list[int]], path: str) -> dict[str, Any]:
+    """Write the logits that follow each prompt, `[prompts, vocabulary]`, as numpy does."""
+    import numpy as np
+
+    np.save(path, np.stack(read(prompts)))
+    return {}
+
+
+def read(prompts: list[list[int]]) -> list[Any]:
+    """Forget all sequences and begin new ones; the logits that follow each prompt."""
+    import llama_cpp as api
+
     api.llama_memory_clear(api.llama_get_memory(loaded["context"]), False)
     rows = [
         (token, place, number, place == len(ids) - 1)
         for number, ids in enumerate(prompts)
         for place, token in enumerate(ids)
     ]
-    newest = [0] * count
+    newest: list[Any] = [None] * len(prompts)
     for i in range(0, len(rows), BATCH):
-        for number, token in decode(rows[i : i + BATCH]).items():
-            newest[number] = token
-    firsts = list(newest)
-    events.tell(count, count, count * (num_tokens == 1))
-    for i in range(num_tokens - 1):
-        step = [(newest[k], len(prompts[k]) + i, k, True) for k in range(count)]
-        for number, token in decode(step).items():
-            newest[number] = token
-        events.tell(0, count, count * (i == num_tokens - 2))
-    return events.answer(firsts)
+        for number, row in decode(rows[i : i + BATCH]).items():
+            newest[number] = row.copy()  # the next call writes over it
+    return newest
 
 
-def decode(rows: list[tuple[int, int, int, bool]]) -> dict[int, int]:
-    """The likeliest token after each row that asks for one, by sequence.
+def decode(rows: list[tuple[int, int, int, bool]]) -> dict[int, Any]:
+    """The logits after each row that asks for them, by sequence, until the next call.
 
     A row is (token, place, sequence, whether it asks).
     """
@@ -121,9 +135,9 @@ def decode(rows: list[tuple[int, int, int, bool]]) -> dict[int, int]:
         if asks:
             logits = api.llama_get_logits_ith(loaded["context"], i)
             shape = (loaded["num_tokens"],)
-            found[number] = int(np.ctypeslib.as_array(logits, shape).argmax())
+            found[number] = np.ctypeslib.as_array(logits, shape)
     return found
 
 
 if __name__ == "__main__":
-    serve({"prepare": prepare, "load": load, "answer": answer})
+    serve({"prepare": prepare, "load": load, "answer": answer, "logits": logits})

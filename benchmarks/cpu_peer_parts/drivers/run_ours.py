@@ -82,5 +82,31 @@ def answer(
     return events.answer([output.outputs[0].token_ids[0] for output in outputs])
 
 
+def logits(prompts: list[list[int]], path: str) -> dict[str, Any]:
+    """Write the logits that follow each prompt, `[prompts, vocabulary]`, as numpy does."""
+    import numpy as np
+
+    from mm_engine import SamplingParams
+
+    llm, rows = loaded["llm"], dict[int, Any]()
+    sampler = llm.engine.runner._runner.sampler
+    launch = sampler.launch
+
+    def watched(logits: Any, sequences: Any) -> Any:
+        for row, sequence in zip(logits, sequences, strict=True):
+            rows[sequence.request.sampling_params.seed] = row.float().numpy().copy()
+        return launch(logits, sequences)
+
+    # The seed, which greedy answers don't need, says whose logits they are.
+    params = [SamplingParams(temperature=0.0, max_tokens=1, seed=i) for i in range(len(prompts))]
+    sampler.launch = watched
+    try:
+        llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    finally:
+        sampler.launch = launch
+    np.save(path, np.stack([rows[i] for i in range(len(prompts))]))
+    return {}
+
+
 if __name__ == "__main__":
-    serve({"load": load, "answer": answer})
+    serve({"load": load, "answer": answer, "logits": logits})

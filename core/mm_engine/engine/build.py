@@ -123,7 +123,8 @@ def profile(runner: ModelRunner, request: Request) -> None:
     """Run the costliest prompt, and as many decodes as fit a step.
 
     On a CPU a large model would take longer for that than for all else of its start. There the
-    prompt's text alone is run, and some decodes; the rest of a step's memory is estimated.
+    prompt's text alone is run, and some decodes; the rest of a step's memory is estimated. That the
+    model takes the mapper's tensors is seen in any case.
 
     Raises:
         StartupError: there is no memory for it.
@@ -132,6 +133,8 @@ def profile(runner: ModelRunner, request: Request) -> None:
     num_flops = 2 * runner.num_parameters * len(request.prompt_token_ids)
     text = text_of(request)
     slow = runner.device.type == "cpu" and num_flops > MOST_TRIAL_FLOPS
+    for item in request.items:  # those that aren't tried as well
+        runner.check_keywords(item)
     try:
         if not slow or not text.prompt_token_ids:
             runner.profile([request])

@@ -5,12 +5,13 @@ A module stays where it is and changes its class, so that hooks on it and refere
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from mm_engine_kernels import ops, reference
 from torch import Tensor, nn
+
+from mm_engine.models.layers import users_of_memory
 
 
 class PackedWeight(nn.Module):
@@ -138,19 +139,22 @@ def pack_embedding(embedding: nn.Module) -> None:
 def pack_encoders(model: nn.Module) -> None:
     """Pack what isn't in a decoder, whose layers are ours, for the device that it is on.
 
-    A weight that several modules share stays as it is, as does one that its module doesn't keep as
-    a parameter, and those that torch's encoder layer reads itself.
+    A weight whose memory somebody else reads stays as it is, as does one that its module doesn't
+    keep as a parameter, and those that torch's encoder layer reads itself.
     """
-    users = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    users = users_of_memory(model)
     kinds: dict[type[nn.Module], type[PackedWeight]] = {
         kind.plain: kind for kind in (PackedLinear, PackedPatches)
     }
     for module in list(_outside_decoders(model)):
         kind, weight = kinds.get(type(module)), module._parameters.get("weight")
-        if kind is None or weight is None or users[id(weight)] > 1 or not kind.fits(module):
+        if kind is None or weight is None or not kind.fits(module):
+            continue
+        if users[weight.untyped_storage().data_ptr()] > 1:
             continue
         if "forward" in vars(module) or not weight.numel():  # somebody's own; nothing to gain
             continue
+        # Not in its place: a model that others wrote may hold it by other ways as well.
         packed = ops.pack_linear(weight.detach().flatten(1))
         if packed is not None:
             kind.adopt(module, packed)

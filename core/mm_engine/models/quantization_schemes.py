@@ -27,7 +27,11 @@ class Scheme(Protocol):
 
     name: str
     device: torch.device  # where `quantize` puts what it makes
-    head: Scheme | None  # how a model's head is quantised; None: it stays as it is
+
+    @property
+    def head(self) -> Scheme | None:
+        """How a model's head is quantised; None: it stays as it is."""
+        ...
 
     def refusal(self, rows: int, columns: int) -> str | None:
         """Why a weight `[rows, columns]` can't be quantised; None: it can."""

@@ -59,24 +59,28 @@ class GraphCapture:
         self._runner.end_trial()
 
     def capture(self) -> None:
-        """Capture all over the KV cache, which is there to stay.
+        """Capture them over the KV cache, which is there to stay: all, or the largest alone where
+        the others come with the steps that want them.
 
         Raises:
             StartupError: they don't fit.
         """
         if not self.wanted:
             return
-        self._capture(self._sizes)
+        assert self._recorder is not None
+        on_demand = self._recorder.on_demand
+        self._capture(self._sizes[:1] if on_demand else self._sizes)
         graphs = self._runner.graphs
         if graphs is None:
             return
         self._runner.memory.graphs = sum(graphs.taken)
         logger.info(
-            "%s%s: %d, for steps of 1 to %d decodes; %.1f s, %s.",
+            "%s%s: %d, for steps of 1 to %d decodes%s; %.1f s, %s.",
             self._what[0].upper(),
             self._what[1:],
             len(self._sizes),
             self._sizes[0],
+            ", each made when a step first takes it" if on_demand else "",
             self._seconds,
             readable(self._runner.memory.graphs),
         )

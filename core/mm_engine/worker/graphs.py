@@ -1,4 +1,4 @@
-"""Graphs: the model's part of a step of decodes, captured at startup and replayed.
+"""Graphs: the model's part of a step of decodes, captured once and replayed.
 
 A graph repeats what was launched when it was captured, over the same tensors. So there is one for
 each size of a ladder, and a step fills the tensors and runs the next larger one, padded.
@@ -24,6 +24,8 @@ from mm_engine.worker.transfers import fill
 
 if TYPE_CHECKING:
     from mm_engine.worker.model_shard import ModelShard
+
+logger = logging.getLogger(__name__)
 
 
 class CaptureFailed(Exception):
@@ -52,6 +54,7 @@ class Recorder(Protocol):
     what: ClassVar[str]  # what it makes, for messages
     missed: ClassVar[int]  # level of the log line when a model can't be captured
     sizes: ClassVar[tuple[int, ...]]  # that are worth a graph, ascending; the last is the most
+    on_demand: ClassVar[bool]  # startup makes the largest alone, and a step the one that it lacks
 
     def __init__(self, device: torch.device) -> None:
         """For the tensors of `device`."""
@@ -74,6 +77,7 @@ class CudaRecorder:
     # vLLM's, with which padding costs a step little, and 64 sequences take 11 graphs. In larger
     # steps the device is busy for longer than launching takes.
     sizes: ClassVar = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+    on_demand: ClassVar = False
 
     @classmethod
     def unfit(cls, num_ranks: int) -> str | None:
@@ -116,6 +120,7 @@ class CpuRecorder:
     missed: ClassVar = logging.INFO  # they save little: many models do without
     # A row costs what it costs: padding wouldn't be free, as it is on a card.
     sizes: ClassVar = (*range(1, 9), *range(10, 17, 2), *range(20, 33, 4))
+    on_demand: ClassVar = True  # some 50 ms each, once, instead of all of them at every start
 
     def __init__(self, device: torch.device) -> None:
         from mm_engine_kernels.cpu.recording import Recorder
@@ -193,14 +198,25 @@ class DecodeGraphs:
         self._free = free
 
     def size_for(self, layout: StepLayout) -> int:
-        """The graph that runs this step; 0: none does."""
+        """The graph that runs this step, which is captured first if it is to be; 0: none does."""
         num = len(layout.positions)
         if num != len(layout.query_lens) or num > self.sizes[-1]:
             return 0
         if len(layout.block_tables[0]) > self.max_blocks:
             return 0
-        place = bisect_left(self._captured, num)
-        return self._captured[place] if place < len(self._captured) else 0
+        sizes = self.sizes if self._record.on_demand else self._captured
+        place = bisect_left(sizes, num)
+        if place == len(sizes):
+            return 0
+        size = sizes[place]
+        if size not in self._replays:
+            try:
+                self.capture(size)
+            except CaptureFailed as error:
+                logger.info("No %s of %d decodes: %s.", self._record.what, size, error)
+                self.sizes.remove(size)
+                return self.size_for(layout)
+        return size
 
     def run(self, size: int, input_ids: Tensor, embeds: Tensor, layout: StepLayout) -> Tensor:
         """Hidden states `[T, hidden]` of a step, by the graph that `size_for` has named.

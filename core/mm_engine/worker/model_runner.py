@@ -163,8 +163,6 @@ class ModelRunner(ModelShard):
         decodes = min(max_num_seqs or self.config.max_num_seqs, self.config.max_num_seqs)
         config = replace(self.config, max_num_seqs=decodes)
         for request in requests:
-            for item in request.items:
-                self._check_keywords(item)
             # A step never holds more tokens than this; a long dummy is run in such chunks.
             sequence = EngineSequence(request)
             num_blocks = -(-sequence.num_tokens // self.block_size)
@@ -241,8 +239,12 @@ class ModelRunner(ModelShard):
         """Whether `encode_slice` bounds time: elsewhere a slice would only be launched in it."""
         return self.device.type == "cpu"
 
-    def _check_keywords(self, item: Item) -> None:
-        """Raise `PluginError` unless the model's method takes the mapper's tensors as keywords."""
+    def check_keywords(self, item: Item) -> None:
+        """Hold the model's method for an item to the mapper's tensors, without running it.
+
+        Raises:
+            PluginError: there is none, or it doesn't take them as keywords.
+        """
         method = f"embed_{item.modality}s"
         if not callable(getattr(self.model, method, None)):
             raise self.opened.plugin.blame(method, "expected a method of the model, got none")
