@@ -62,7 +62,7 @@ struct FloatPanel {
 
 // The upper halves of pairs as float32, where `lower` are the lower ones.
 MM_INLINE vf upper(vu pairs, vf lower) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(MM_EMULATE)
     // Its zeros are where they must be. A mask would take a register, which the sums need.
     return (vf)_mm256_blend_epi16((__m256i)lower, (__m256i)pairs, 0xaa);
 #else
