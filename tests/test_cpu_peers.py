@@ -124,7 +124,7 @@ def test_this_engine_and_transformers_answer_alike(
     peers: Callable[..., Any], checkpoint: Path
 ) -> None:
     """The real ones, in processes of their own."""
-    sections = ("decode", "image", "memory", "quantized")
+    sections = ("decode", "image", "memory", "context", "quantized")
     record = peers("--sections", *sections, "--threads", "1")
     assert record["benchmark"] == "cpu_peers" and record["dtype"] == "float32"
     assert record["threads"] == 1 and {"machine", "versions", "commit"} <= record.keys()
@@ -140,7 +140,9 @@ def test_this_engine_and_transformers_answer_alike(
     assert 0.001 < eight < 0.03 < four < 0.5
     assert found.pop("int8")["medians"]["mm-engine"] > 0
     assert found.pop("int4")["medians"]["mm-engine"] > 0
-    assert found.keys() == {"decode 1", "decode 3", "image", "memory"}
+    assert found.pop("slope")["medians"].keys() == {"mm-engine", "transformers"}
+    contexts = {"context 16", "context 48", "context 256"}  # the last is all that the model takes
+    assert found.keys() == {"decode 1", "decode 3", "image", "memory", *contexts}
     for row in found.values():
         assert row["medians"].keys() == {"mm-engine", "transformers"}, row
         assert min(row["medians"].values()) > 0 and row["floor"] > 0
@@ -173,7 +175,7 @@ def test_all_sections_run_and_one_that_fails_says_why(
     assert {section["status"] for section in record["sections"].values()} == {"ok"}
     found = rows(record)
     assert {"launch", "memory", "decode 1", "prefill", "image", "slope", "busy"} <= found.keys()
-    assert {"requests", "int8", "int4", "int4 error", "context 96"} <= found.keys()
+    assert {"requests", "int8", "int4", "int4 error", "context 256"} <= found.keys()
     deviation = statistics.pstdev(range(12))
     assert found["int8 error"]["medians"] == {"mm-engine": pytest.approx(2 / deviation)}
     assert found["int8 error"]["missing"]["llama.cpp"] == "logits: ValueError: no"

@@ -8,10 +8,9 @@ from cpu_peer_parts.bench import Bench, decode_row, rate_of
 from cpu_peer_parts.client import PeerError
 from cpu_peer_parts.fleet import LLAMA_CPP, TRANSFORMERS, VLLM
 from cpu_peer_parts.rows import OURS
-from cpu_peer_parts.sizes import QUANTIZED_BITS
+from cpu_peer_parts.sizes import QUANTIZATION_OF_LLAMA_CPP, QUANTIZED_BITS
 
 NOT_ASKED = "no 8- or 4-bit weights of a random checkpoint without a conversion of its own"
-NAMES = {"int8": "Q8_0", "int4": "Q4_0"}  # of llama.cpp's that they stand beside
 
 
 def quantized(bench: Bench) -> None:
@@ -28,7 +27,7 @@ def quantized(bench: Bench) -> None:
         for each in (row, error):
             for name in (TRANSFORMERS, VLLM):
                 each.missing.setdefault(name, NOT_ASKED)
-            each.details["llama.cpp"] = NAMES[kind]
+            each.details["llama.cpp"] = QUANTIZATION_OF_LLAMA_CPP[kind].upper()
         try:
             share = 1 / len(QUANTIZED_BITS)
             bench.turns(row, bench.each(rate_of(bench, row, 1, kind)), share)

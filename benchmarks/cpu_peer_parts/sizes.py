@@ -51,8 +51,7 @@ class Sizes:
     @property
     def error_prompts(self) -> list[list[int]]:
         """Some texts of few tokens, which begin in different ways."""
-        length = self.error_prompt
-        return [text_ids(length + i)[:1] + text_ids(length + i)[i + 1 :] for i in range(8)]
+        return [[1, *text_ids(self.error_prompt + i)[i + 1 :]] for i in range(8)]
 
     @property
     def products(self) -> list[list[int]]:
@@ -90,7 +89,7 @@ def quick(dtype: str) -> Sizes:
         num_requests=2,
         request_text=4,
         request_answer=4,
-        contexts=(16, 48, 96),
+        contexts=(16, 48, 256),
         kv_tokens=1024,
         max_model_len=256,
         read_bytes=1 << 22,

@@ -184,12 +184,14 @@ def test_some_layers_stay_as_they_are() -> None:
     model = randomised(Model())
     shared, apart = nn.Linear(8, 8), nn.Linear(8, 8)
     shared.weight = apart.weight
+    upper, lower = nn.Linear(8, 8), nn.Linear(8, 8)  # two halves of one tensor
+    upper.weight, lower.weight = (nn.Parameter(half) for half in torch.randn(16, 8).chunk(2))
     own = nn.Linear(8, 8)
     own.forward = lambda x: x  # type: ignore[method-assign]
     empty = nn.Linear(1, 8)
     empty.weight = nn.Parameter(torch.empty(8, 0))
     others = [
-        *(shared, apart, own),
+        *(shared, apart, upper, lower, own),
         nn.Linear(8, 8).half(),
         empty,
         nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),

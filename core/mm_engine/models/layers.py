@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -167,18 +167,18 @@ def pack_linears(model: nn.Module) -> None:
     In the memory of its weight, unless others use that: pages that the process has are had sooner
     than new ones.
     """
-    users = users_of_memory(model)
+    alone = alone_in_memory(model)
     for module in model.modules():
         if isinstance(module, Linear):
-            alone = users[module.weight.untyped_storage().data_ptr()] == 1
-            module.pack(in_place=alone)
+            module.pack(in_place=alone(module.weight))
 
 
-def users_of_memory(model: nn.Module) -> Counter[int]:
-    """How many parameters and buffers of `model`'s modules lie in the memory at each address."""
-    return Counter(
+def alone_in_memory(model: nn.Module) -> Callable[[Tensor], bool]:
+    """Tells of a parameter of `model` whether no other, nor a buffer, lies in its memory."""
+    users = Counter(
         tensor.untyped_storage().data_ptr()
         for module in model.modules()
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None
     )
+    return lambda tensor: users[tensor.untyped_storage().data_ptr()] == 1

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from mm_engine_kernels import ops, reference
 from torch import Tensor, nn
 
-from mm_engine.models.layers import users_of_memory
+from mm_engine.models.layers import alone_in_memory
 
 
 class PackedWeight(nn.Module):
@@ -41,9 +41,10 @@ class PackedWeight(nn.Module):
 
     def unpack(self) -> None:
         """Be of torch's class again, with the plain weight."""
-        self._parameters["weight"] = self.weight
-        del self.packed, self.shape
-        self.__class__ = self.plain  # type: ignore[assignment]
+        module: Any = self
+        module._parameters["weight"] = module.weight
+        del module.packed, module.shape
+        module.__class__ = self.plain
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernels compute on `x`; torch says what is wrong with others."""
@@ -142,15 +143,13 @@ def pack_encoders(model: nn.Module) -> None:
     A weight whose memory somebody else reads stays as it is, as does one that its module doesn't
     keep as a parameter, and those that torch's encoder layer reads itself.
     """
-    users = users_of_memory(model)
+    alone = alone_in_memory(model)
     kinds: dict[type[nn.Module], type[PackedWeight]] = {
         kind.plain: kind for kind in (PackedLinear, PackedPatches)
     }
     for module in list(_outside_decoders(model)):
         kind, weight = kinds.get(type(module)), module._parameters.get("weight")
-        if kind is None or weight is None or not kind.fits(module):
-            continue
-        if users[weight.untyped_storage().data_ptr()] > 1:
+        if kind is None or weight is None or not alone(weight) or not kind.fits(module):
             continue
         if "forward" in vars(module) or not weight.numel():  # somebody's own; nothing to gain
             continue

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
@@ -46,7 +47,7 @@ class Scheme(Protocol):
         ...
 
 
-class BiasAfter:
+class BiasAfter(ABC):
     """A scheme whose kernels don't add the bias, and that leaves heads alone."""
 
     head: Scheme | None = None
@@ -56,9 +57,9 @@ class BiasAfter:
         out = self.product(x, packed)
         return out if bias is None else out + bias
 
+    @abstractmethod
     def product(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
         """`Scheme.linear` without the bias."""
-        raise NotImplementedError
 
 
 class Fp8(BiasAfter):
@@ -310,7 +311,7 @@ def make_scheme(name: str | None, device: torch.device, dtype: torch.dtype) -> S
     scheme = make(device)
     try:
         scheme.linear(weight[:2], scheme.quantize(weight), None).sum().item()
-    except RuntimeError as error:  # what PyTorch raises, NotImplementedError among them
+    except RuntimeError as error:  # or one of its kinds: PyTorch has no kernel for it
         cause = str(error).split("\n", 1)[0]
         raise StartupError(
             f"PyTorch can't compute {name} on {device}: {torch.__version__} says: {cause} "

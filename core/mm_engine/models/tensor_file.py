@@ -54,7 +54,7 @@ class TensorFile:
         with safe_open(path, framework="pt") as checked:  # sizes, offsets and names
             self.names = list(checked.keys())
         self._path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - `close` does
+        self._file = io.FileIO(path)
         header_size = int.from_bytes(self._file.read(8), "little")
         self._header: dict[str, Any] = json.loads(self._file.read(header_size))
         self._start = 8 + header_size

@@ -240,7 +240,7 @@ class CompletionRequest(GenerationRequest):
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             prompts = [given]
         else:
-            prompts = list(given)  # type: ignore[arg-type]
+            prompts = [part for part in given if not isinstance(part, int)]
         if not prompts or not all(prompts):
             raise RequestError("the prompt is empty. Send text or token ids.", param="prompt")
         if len(prompts) > MAX_PROMPTS:

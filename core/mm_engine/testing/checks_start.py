@@ -26,7 +26,7 @@ def hooks_fit(subject: Subject) -> str:
 @check("checkpoint-opens")
 def checkpoint_opens(subject: Subject) -> str:
     """There is a checkpoint, and an engine could take requests for it."""
-    subject.pipeline  # noqa: B018 (made here, so that what is wrong with it is blamed here)
+    _ = subject.pipeline  # made here, so that what is wrong with it is blamed here
     return subject.target.origin
 
 

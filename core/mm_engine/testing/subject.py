@@ -76,7 +76,7 @@ class Subject:
             raise Fault(None, None, "a checkpoint to check the plugin with", "none", hint)
         if not self.target.is_config:
             return folder, "auto"
-        self.loaded  # noqa: B018 (its import may register the config's class)
+        _ = self.loaded  # its import may register the config's class
         made, reason = random_checkpoint(folder)
         self.no_oracle = reason or ""
         return made, "dummy" if self.no_oracle else "auto"

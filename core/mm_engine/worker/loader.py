@@ -22,7 +22,7 @@ from mm_engine.errors import MMEngineError, StartupError
 from mm_engine.models import checkpoint
 from mm_engine.models.decoder import Decoder
 from mm_engine.models.interfaces import SupportsVision
-from mm_engine.models.layers import Linear, pack_linears, users_of_memory
+from mm_engine.models.layers import Linear, alone_in_memory, pack_linears
 from mm_engine.models.packed_cache import key_of
 from mm_engine.models.packed_weights import pack_encoders
 from mm_engine.models.quantization import Quantization
@@ -264,12 +264,10 @@ def _load(opened: OpenedModel, scheme: Scheme | None) -> Any:
 
 def pack_heads(model: nn.Module) -> None:
     """Pack heads that are tied to embeddings which nobody else reads."""
-    users = users_of_memory(model)
+    alone = alone_in_memory(model)
     for module in model.modules():
-        if isinstance(module, Decoder):
-            alone = users[module.embedding.weight.untyped_storage().data_ptr()] == 1
-            if alone:
-                module.pack_head()
+        if isinstance(module, Decoder) and alone(module.embedding.weight):
+            module.pack_head()
 
 
 def _use_cache(quantization: Quantization, opened: OpenedModel) -> None:
