@@ -9,7 +9,8 @@
 // result is summed over blocks of K, in each of which a panel's block stays in the first cache
 // and the rows' in the second. Rows are packed by strips of MR that lie together by K.
 #include "dot.h"
-#include "thread_pool.h"
+#include "shares.h"
+#include "strips.h"
 #include "tile.h"
 
 namespace mm::MM_ISA {
@@ -28,12 +29,13 @@ constexpr int MR = 2, NP = 1;  // 8 of 16
 #endif
 constexpr int MAX_P = 2;           // panels that a kernel reads side by side: four are no faster
 constexpr int64_t KC = 256;        // of K in a block where there are many rows,
-constexpr int64_t KC_FEW = 512;    // and where there are few
+constexpr int64_t KC_FEW = 4 * KC; // and where there are few
+constexpr int64_t LEAD = 48;       // steps between asking for a line of weights and using it
 constexpr int64_t MAX_ROWS = 384;  // packed at once, which bounds the memory that takes
 constexpr int64_t TILE_ROWS = 96;
-constexpr int64_t TILE_PANELS = 8;
+constexpr int64_t TILE_PANELS = 8;   // at most, where there are many rows,
+constexpr int64_t FEW_PANELS = 64;   // and where there are few
 constexpr int64_t FEW = 2 * MR;      // up to so many rows, widening a panel once doesn't pay
-constexpr int64_t CHUNK = 1 << 16; // bytes of weight that a thread claims where rows are few
 constexpr int64_t ALONE = 1 << 15; // numbers that one thread packs sooner than it wakes another
 
 // How a kernel reads panels. A step takes STEP of K from each, A_STEP numbers of A from each row.
@@ -131,7 +133,7 @@ __attribute__((noinline)) void multiply(
     for (int p = 0; p < P; ++p) b[p] = panels[p];
     int64_t reach = 0;
     for (int64_t s = 0; s < steps; ++s) {
-        for (int p = 0; p < P; ++p) __builtin_prefetch(ahead.at[p] + reach, 0, 2);
+        for (int p = 0; p < P; ++p) __builtin_prefetch(ahead.at[p] + reach);
         reach += ahead.each;
         Panel::template step<M, P>(b, a, acc);
         for (int p = 0; p < P; ++p) b[p] += PANEL;
@@ -177,33 +179,6 @@ MM_INLINE int panels_at_once(int64_t m, int64_t left) {
     return 1;
 }
 
-// M rows of A, by K.
-template <int M, class T>
-MM_INLINE void pack_rows(
-    const T* x, int64_t stride, int64_t from, int64_t to, int64_t even_to, float* out) {
-    for (int64_t k = from; k < to; ++k)
-        for (int i = 0; i < M; ++i) *out++ = widen(x[i * stride + k]);
-    for (int64_t i = 0; i < (even_to - to) * M; ++i) *out++ = 0;
-}
-
-template <int M>
-MM_INLINE void pack_rows(
-    const bf16* x, int64_t stride, int64_t from, int64_t to, int64_t, uint32_t* out) {
-    for (int64_t k = from; k < to; k += 2)
-        for (int i = 0; i < M; ++i) {
-            const uint32_t high = k + 1 < to ? x[i * stride + k + 1].bits : 0;
-            *out++ = high << 16 | x[i * stride + k].bits;
-        }
-}
-
-template <class T, class A, int M = MR>
-MM_INLINE void pack_strip(
-    const T* x, int64_t stride, int64_t m, int64_t from, int64_t to, int64_t even_to, A* out) {
-    if constexpr (M > 1)
-        if (m < M) return pack_strip<T, A, M - 1>(x, stride, m, from, to, even_to, out);
-    pack_rows<M>(x, stride, from, to, even_to, out);
-}
-
 // Panel: how the packed weight is read. Wide: how it is read once a block was widened, or Panel.
 template <class T, class Panel>
 void run(const LinearArgs& args) {
@@ -232,7 +207,7 @@ void run(const LinearArgs& args) {
             for (int64_t from = 0; from < k; from += kc) {
                 const int64_t even_to = min(from + kc, k), to = min(even_to, args.k);
                 A* out = a + (rows * from + row * (even_to - from)) / per_k;
-                pack_strip(x + row * args.x_stride, args.x_stride, m, from, to, even_to, out);
+                pack_strip<MR>(x + row * args.x_stride, args.x_stride, m, from, to, even_to, out);
             }
         };
         if (rows * k <= ALONE) {
@@ -244,21 +219,15 @@ void run(const LinearArgs& args) {
         const int64_t tile_strips = few ? strips : TILE_ROWS / height;
         const int64_t row_tiles = ceil_div(strips, tile_strips);
         const int at_once = panels_at_once(height, panels);
-        int64_t tile_panels = TILE_PANELS;
-        if (few) {
-            const int64_t bytes = panel_size * static_cast<int64_t>(sizeof(B));
-            tile_panels = CHUNK / (bytes + 1) / at_once * at_once;
-            if (tile_panels < at_once) tile_panels = at_once;
-            if (tile_panels > 64) tile_panels = 64;
-        }
-        const int64_t panel_tiles = ceil_div(panels, tile_panels);
+        const int64_t most = few ? FEW_PANELS : TILE_PANELS;
+        const Shares shares = shares_of(panels, at_once, most, 3);
 
-        parallel(row_tiles * panel_tiles, [&](int64_t index) {
+        parallel(row_tiles * shares.count, [&](int64_t index) {
             const int64_t first_strip = index % row_tiles * tile_strips;
             const int64_t num_strips = min(strips - first_strip, tile_strips);
             const int64_t row = start(first_strip), num_rows = start(first_strip + num_strips) - row;
-            const int64_t first_panel = index / row_tiles * tile_panels;
-            const int64_t num_panels = min(panels - first_panel, tile_panels);
+            const int64_t first_panel = shares.starts[index / row_tiles];
+            const int64_t num_panels = shares.size(index / row_tiles);
             const int64_t width = num_panels * PANEL;
             float* tile = static_cast<float*>(scratch(1, sizeof(float) * num_rows * width));
             __builtin_memset(tile, 0, sizeof(float) * num_rows * width);
@@ -275,26 +244,38 @@ void run(const LinearArgs& args) {
                 auto each_strip = [&](auto panel, auto* blocks) {
                     using Read = decltype(panel);
                     const int64_t steps = length / Read::STEP;
-                    // One strip asks for its own block, a little ahead. Of several the first
-                    // would wait for memory and memory for the rest: each asks for its share
-                    // of the next block.
                     const int64_t bytes =
                         length / Panel::STEP * PANEL * static_cast<int64_t>(sizeof(B));
-                    const bool alone = num_strips == 1;
+                    // One strip asks for its own block, a little ahead, and at its end for where
+                    // the next one begins. Of several the first would wait for memory and memory
+                    // for the rest: each asks for its share of the next block.
+                    const int64_t lead = num_strips == 1 ? min(steps, LEAD) : 0;
                     Ahead ahead;
-                    ahead.each = alone ? PANEL * static_cast<int64_t>(sizeof(B))
-                                       : bytes / (steps * num_strips);
                     for (int64_t i = 0; i < num_strips; ++i) {
                         const int64_t top = start(first_strip + i);
                         const int64_t m = start(first_strip + i + 1) - top;
-                        for (int q = 0; q < count; ++q)
+                        const A* rows_at = a + (rows * from + top * length) / per_k;
+                        float* sums = tile + (top - row) * width + p * PANEL;
+                        const int64_t own = num_strips == 1 ? steps - lead : 0;
+                        if (own > 0) {
+                            ahead.each = bytes / steps;
+                            for (int q = 0; q < count; ++q)
+                                ahead.at[q] =
+                                    reinterpret_cast<const char*>(b[q]) + lead * ahead.each;
+                            multiply_panels<Read>(
+                                count, m, rows_at, blocks, own, ahead, sums, width);
+                        }
+                        const typename Read::B* rest[MAX_P];
+                        ahead.each = bytes / (steps * num_strips);
+                        for (int q = 0; q < count; ++q) {
+                            rest[q] = blocks[q] + own * PANEL;
                             ahead.at[q] =
-                                alone ? reinterpret_cast<const char*>(b[q] + 16 * PANEL)
-                                      : reinterpret_cast<const char*>(block(next_p + q, next_from)) +
-                                            i * bytes / num_strips;
+                                reinterpret_cast<const char*>(block(next_p + q, next_from)) +
+                                i * bytes / num_strips;
+                        }
                         multiply_panels<Read>(
-                            count, m, a + (rows * from + top * length) / per_k, blocks, steps,
-                            ahead, tile + (top - row) * width + p * PANEL, width);
+                            count, m, rows_at + own * m * Read::A_STEP, rest, steps - own, ahead,
+                            sums, width);
                     }
                 };
                 if constexpr (WIDENS) {

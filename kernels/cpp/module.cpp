@@ -55,6 +55,8 @@ void check_places(const int64_t* places, int64_t num, int64_t lowest, int64_t en
 
 NB_MODULE(_cpu, m) {
     m.doc() = "C++ kernels for the CPU.";
+    // A program may end while an `LLM` of its own is still there: nothing to warn its user of.
+    nb::set_leak_warnings(false);
     m.def("isas", [] {
         int count;
         const mm::Isa* all = mm::runnable_isas(&count);

@@ -91,7 +91,13 @@ MM_INLINE vu bf16_bits(vf v) {
     const vu is_nan = (vu)(v != v);
     return (quiet & is_nan) | (nearest & ~is_nan);
 }
-MM_INLINE void store(bf16* p, vf v) { store_as(p, __builtin_convertvector(bf16_bits(v), vh)); }
+MM_INLINE void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__) && !defined(MM_EMULATE)
+    store_as(p, _mm512_cvtneps_pbh((__m512)v));  // Subnormals become zero.
+#else
+    store_as(p, __builtin_convertvector(bf16_bits(v), vh));
+#endif
+}
 
 // What would be loaded if v had been stored as T. For v that was computed from such: the lower
 // half of a NaN is then 0, and the rounding can't carry out of it.
