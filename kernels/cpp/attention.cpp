@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t ROWS = 64;         // in a block of queries with their heads
 constexpr int64_t RANGE = 4 * KEYS;  // keys that are worth a thread where there are few rows
+constexpr int64_t MOST_TOGETHER = 8; // units that a thread claims at once
 constexpr int64_t MANY = 64;         // units of a sequence from which on its keys aren't cut
 constexpr int64_t FEW = 2 * MR;      // up to so many rows, to pack values doesn't pay
 constexpr int64_t ALONE = 1 << 20;   // multiplications that one thread does sooner than it wakes another
@@ -151,16 +152,35 @@ class Step {
         }
     }
 
+    // Units go together that are worth a thread's claim, so that each can ask for what the next
+    // one begins with.
     void run() const {
-        auto unit = [this](int64_t index) { run_unit(index); };
+        const int64_t together = larger(1, min(MOST_TOGETHER, num_units_ / (4 * num_threads())));
+        auto group = [&](int64_t index) {
+            const int64_t end = min(num_units_, (index + 1) * together);
+            Unit unit = unit_at(index * together);
+            ask_for_first(unit);
+            for (int64_t next = index * together + 1; next < end; ++next) {
+                const Unit following = unit_at(next);
+                run_unit(unit, &following);
+                unit = following;
+            }
+            run_unit(unit, nullptr);
+        };
+        const int64_t groups = ceil_div(num_units_, together);
         if (work_ < ALONE) {
-            for (int64_t i = 0; i < num_units_; ++i) unit(i);
+            for (int64_t i = 0; i < groups; ++i) group(i);
         } else {
-            parallel(num_units_, unit);
+            parallel(groups, group);
         }
     }
 
   private:
+    struct Unit {
+        int64_t sequence, head, block, queries, range;
+        Span all, keys;  // that its queries see, and that it goes through
+    };
+
     Span keys_of(const Cut& cut, int64_t block) const {
         const int64_t first = block * cut.per_block;
         return seen(args_, cut, first, min(cut.per_block, cut.num_queries - first));
@@ -178,40 +198,49 @@ class Step {
         return partials_ + (cut.first_partial + row) * partial_size_;
     }
 
-    void run_unit(int64_t index) const {
+    Unit unit_at(int64_t index) const {
         int64_t s = 0;
         for (int64_t end = args_.num_sequences; s + 1 < end;) {
             const int64_t middle = (s + end) / 2;
             (cuts_[middle].first_unit <= index ? s : end) = middle;
         }
         const Cut& cut = cuts_[s];
-        const int64_t unit = index - cut.first_unit;
-        const int64_t head = unit % args_.kv_heads;
-        const int64_t range = unit / args_.kv_heads % cut.ranges;
+        const int64_t at = index - cut.first_unit;
+        Unit unit;
+        unit.sequence = s;
+        unit.head = at % args_.kv_heads;
+        unit.range = at / args_.kv_heads % cut.ranges;
         // The last block of queries first: it sees most, and what takes long shouldn't come last.
-        const int64_t block = cut.blocks - 1 - unit / args_.kv_heads / cut.ranges;
-        const Span all = keys_of(cut, block);
-        Span keys = all;
+        unit.block = cut.blocks - 1 - at / args_.kv_heads / cut.ranges;
+        unit.queries = min(cut.per_block, cut.num_queries - unit.block * cut.per_block);
+        unit.all = unit.keys = keys_of(cut, unit.block);
         if (cut.ranges > 1) {
-            keys.from += range * RANGE;
-            keys.to = min(keys.to, keys.from + RANGE);
+            unit.keys.from += unit.range * RANGE;
+            unit.keys.to = min(unit.keys.to, unit.keys.from + RANGE);
         }
-        const int64_t first = block * cut.per_block;
-        const int64_t queries = min(cut.per_block, cut.num_queries - first);
-        if (all.to == all.from) {  // a row of padding
-            if (range == 0)
+        return unit;
+    }
+
+    void run_unit(const Unit& unit, const Unit* next) const {
+        const Cut& cut = cuts_[unit.sequence];
+        const int64_t first = unit.block * cut.per_block;
+        const int64_t queries = unit.queries;
+        if (unit.all.to == unit.all.from) {  // a row of padding
+            if (unit.range == 0)
                 for (int64_t r = 0; r < queries * group_; ++r)
                     __builtin_memset(
-                        out(s, first + r / group_, head * group_ + r % group_), 0,
+                        out(unit.sequence, first + r / group_, unit.head * group_ + r % group_), 0,
                         args_.dim * sizeof(T));
             return;
         }
-        if (keys.from < keys.to) attend(s, head, first, queries, keys, range);
+        if (unit.keys.from < unit.keys.to) attend(unit, next);
         if (cut.ranges == 1) return;
-        int32_t* left = left_ + cut.first_count + block * args_.kv_heads + head;
+        int32_t* left = left_ + cut.first_count + unit.block * args_.kv_heads + unit.head;
         if (__atomic_sub_fetch(left, 1, __ATOMIC_ACQ_REL) == 0)
             for (int64_t r = 0; r < queries * group_; ++r)
-                merge(s, first + r / group_, head * group_ + r % group_, ranges_of(all));
+                merge(
+                    unit.sequence, first + r / group_, unit.head * group_ + r % group_,
+                    ranges_of(unit.all));
     }
 
     // Puts together what the ranges of a row's keys gave.
@@ -235,16 +264,34 @@ class Step {
         finish(sums, weight, args_.dim, out(sequence, query, head));
     }
 
-    void attend(
-        int64_t sequence, int64_t kv_head, int64_t first, int64_t num_queries, Span keys,
-        int64_t range) const {
-        const Cut& cut = cuts_[sequence];
-        const int64_t rows = num_queries * group_;
-        const T *all_keys[2][KEYS], *all_values[2][KEYS];  // of this tile and the next
-        const int64_t first_count = min(KEYS, keys.to - keys.from);
-        find(args_, sequence, kv_head, keys.from, first_count, all_keys[0], all_values[0]);
-        // Other heads' numbers lie in between: the CPU alone doesn't see what comes next.
-        if (rows <= FEW) fetch(all_keys[0], all_values[0], first_count);
+    // Where keys and values of a tile lie.
+    struct Tile {
+        const T *keys[KEYS], *values[KEYS];
+        int64_t count;
+    };
+
+    // The tile of a unit that begins with the key `from`.
+    void find_tile(const Unit& unit, int64_t from, Tile* tile) const {
+        tile->count = min(KEYS, unit.keys.to - from);
+        find(args_, unit.sequence, unit.head, from, tile->count, tile->keys, tile->values);
+    }
+
+    // What a thread begins with is nowhere yet; what it goes on with it asks for meanwhile.
+    void ask_for_first(const Unit& unit) const {
+        if (unit.keys.from >= unit.keys.to || !asks(unit)) return;
+        Tile tile;
+        find_tile(unit, unit.keys.from, &tile);
+        ask_for(tile.keys, tile.count);
+        ask_for(tile.values, tile.count);
+    }
+
+    void attend(const Unit& unit, const Unit* next) const {
+        const Cut& cut = cuts_[unit.sequence];
+        const int64_t kv_head = unit.head, first = unit.block * cut.per_block;
+        const Span keys = unit.keys;
+        const int64_t rows = unit.queries * group_;
+        Tile tiles[2];  // this one and the next
+        find_tile(unit, keys.from, &tiles[0]);
         const Buffers<T, Keys> buffers(args_, rows);
         const int64_t steps = Keys::steps(args_.dim);
         // Strips of about one height: a low last one would leave the multipliers waiting.
@@ -253,28 +300,31 @@ class Step {
                          (cut.first_row + first) * args_.query_row +
                          kv_head * group_ * args_.query_head;
         for (int64_t r = 0; r < rows; r += strip)
-            pack_queries(
-                [&](int64_t i) {
+            pack_strip<MR>(
+                min(strip, rows - r),
+                [&](int i) {
                     return query + (r + i) / group_ * args_.query_row +
                            (r + i) % group_ * args_.query_head;
                 },
-                min(strip, rows - r), args_.dim, steps, buffers.queries + r * steps);
+                0, args_.dim, Keys::PER_UNIT * ceil_div(args_.dim, Keys::PER_UNIT),
+                buffers.queries + r * steps);
         __builtin_memset(buffers.sums, 0, rows * vectors_ * W * 4);
         for (int64_t r = 0; r < rows; ++r) buffers.met[r] = {-__builtin_inff(), 0};
 
+        const bool ahead = asks(unit);
         int turn = 0;
         for (int64_t at = keys.from; at < keys.to; at += KEYS, turn ^= 1) {
-            const int64_t count = min(KEYS, keys.to - at);
-            const T **key_rows = all_keys[turn], **value_rows = all_values[turn];
+            Tile &tile = tiles[turn], &following = tiles[turn ^ 1];
+            const int64_t count = tile.count;
+            following.count = 0;
             if (at + KEYS < keys.to) {
-                const int64_t next = min(KEYS, keys.to - at - KEYS);
-                find(
-                    args_, sequence, kv_head, at + KEYS, next, all_keys[turn ^ 1],
-                    all_values[turn ^ 1]);
-                if (rows <= FEW) fetch(all_keys[turn ^ 1], all_values[turn ^ 1], next);
+                find_tile(unit, at + KEYS, &following);
+            } else if (next != nullptr && ahead && next->keys.from < next->keys.to) {
+                find_tile(*next, next->keys.from, &following);
             }
+            if (ahead) ask_for(following.keys, following.count);
             for (int64_t column = 0; column < count; column += COLUMNS) {
-                pack_keys<Keys>(key_rows + column, args_.dim, buffers.panel);
+                pack_keys<Keys>(tile.keys + column, args_.dim, buffers.panel);
                 for (int64_t r = 0; r < rows; r += strip)
                     with_rows(min(strip, rows - r), [&](auto m) {
                         constexpr int M = decltype(m)::value;
@@ -285,13 +335,14 @@ class Step {
                                 buffers.scores + r * KEYS + column + j);
                     });
             }
+            if (ahead) ask_for(following.values, following.count);
             for (int64_t r = 0; r < rows; ++r) {
                 const Span own = seen(args_, cut, first + r / group_, 1);
                 buffers.factors[r] = weigh(
                     buffers.scores + r * KEYS, count, larger(0, own.from - at),
                     min(count, larger(0, own.to - at)), weights_, buffers.met + r);
             }
-            add(buffers, rows, strip, value_rows, count);
+            add(buffers, rows, strip, tile.values, count);
         }
 
         for (int64_t r = 0; r < rows; ++r) {
@@ -299,9 +350,9 @@ class Step {
             const Met& met = buffers.met[r];
             const int64_t q = first + r / group_, head = kv_head * group_ + r % group_;
             if (cut.ranges == 1) {
-                finish(sums, met.sum, args_.dim, out(sequence, q, head));
+                finish(sums, met.sum, args_.dim, out(unit.sequence, q, head));
             } else {
-                float* part = partial(cut, q, head, range);
+                float* part = partial(cut, q, head, unit.range);
                 __builtin_memcpy(part, sums, vectors_ * W * 4);
                 part[vectors_ * W] = met.largest;
                 part[vectors_ * W + 1] = met.sum;
@@ -309,13 +360,14 @@ class Step {
         }
     }
 
-    void fetch(const T* const* keys, const T* const* values, int64_t count) const {
+    // Few rows are over sooner than memory answers, and other heads' numbers lie in between: the CPU
+    // alone doesn't see what comes next.
+    bool asks(const Unit& unit) const { return unit.queries * group_ <= FEW; }
+
+    void ask_for(const T* const* rows, int64_t count) const {
         constexpr int64_t LINE = 64 / sizeof(T);
         for (int64_t k = 0; k < count; ++k)
-            for (int64_t i = 0; i < args_.dim; i += LINE) {
-                __builtin_prefetch(keys[k] + i);
-                __builtin_prefetch(values[k] + i);
-            }
+            for (int64_t i = 0; i < args_.dim; i += LINE) __builtin_prefetch(rows[k] + i);
     }
 
     // Adds a tile's weighted values to the sums.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "dot.h"
+#include "strips.h"
 #include "transpose.h"
 #include "vec.h"
 
@@ -112,25 +113,6 @@ using HalfKeys = Pairs;
 #else
 using HalfKeys = Widened;
 #endif
-
-// Queries of a strip of M rows, by steps of D: `row(i)` is where query i lies.
-template <class F>
-void pack_queries(const F& row, int64_t m, int64_t dim, int64_t steps, float* out) {
-    for (int64_t i = 0; i < m; ++i) {
-        const auto* q = row(i);
-        for (int64_t k = 0; k < steps; ++k) out[k * m + i] = k < dim ? widen(q[k]) : 0.0f;
-    }
-}
-template <class F>
-void pack_queries(const F& row, int64_t m, int64_t dim, int64_t steps, uint32_t* out) {
-    for (int64_t i = 0; i < m; ++i) {
-        const auto* q = row(i);
-        for (int64_t k = 0; k < steps; ++k) {
-            const uint32_t high = 2 * k + 1 < dim ? q[2 * k + 1].bits : 0;
-            out[k * m + i] = high << 16 | q[2 * k].bits;
-        }
-    }
-}
 
 // COLUMNS keys of `dim` numbers, each where its pointer says, to `panel` [steps, COLUMNS].
 template <class Keys, class T>

@@ -203,11 +203,13 @@ void run(const LinearArgs& args) {
         const T* x = static_cast<const T*>(args.x) + first_row * args.x_stride;
 
         auto pack = [&](int64_t strip) {
-            const int64_t row = start(strip), m = start(strip + 1) - row;
+            const int64_t first = start(strip), m = start(strip + 1) - first;
+            const T* of_strip = x + first * args.x_stride;
+            auto row = [&](int i) { return of_strip + i * args.x_stride; };
             for (int64_t from = 0; from < k; from += kc) {
                 const int64_t even_to = min(from + kc, k), to = min(even_to, args.k);
-                A* out = a + (rows * from + row * (even_to - from)) / per_k;
-                pack_strip<MR>(x + row * args.x_stride, args.x_stride, m, from, to, even_to, out);
+                A* out = a + (rows * from + first * (even_to - from)) / per_k;
+                pack_strip<MR>(m, row, from, to, even_to, out);
             }
         };
         if (rows * k <= ALONE) {

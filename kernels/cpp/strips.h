@@ -1,5 +1,5 @@
-// Packs rows of x by strips: M rows whose numbers lie together by K, as the kernels of `linear`
-// take them. A number is a float32, or a pair of bfloat16 that are neighbours in K.
+// Packs rows by strips: M rows whose numbers lie together by K, as the kernels of `linear` and of
+// attention take them. A number is a float32, or a pair of bfloat16 that are neighbours in K.
 #pragma once
 
 #include "transpose.h"
@@ -28,38 +28,33 @@ MM_INLINE void pack_steps(int64_t count, const One& one, const Vector& vector, A
         for (int i = 0; i < M; ++i) out[step * M + i] = one(i, step);
 }
 
-// Rows of x from `from` to `to` of K, and zeros from there to `even_to`.
-template <int M, class T>
-MM_INLINE void pack_rows(
-    const T* x, int64_t stride, int64_t from, int64_t to, int64_t even_to, float* out) {
-    const T* first = x + from;
+// M rows, each where row(i) says, from `from` to `to` of K, and zeros from there to `even_to`.
+template <int M, class Row>
+MM_INLINE void pack_rows(const Row& row, int64_t from, int64_t to, int64_t even_to, float* out) {
     pack_steps<M>(
-        to - from, [&](int i, int64_t step) { return widen(first[i * stride + step]); },
-        [&](int i, int64_t step) { return (vu)load(first + i * stride + step); }, out);
+        to - from, [&](int i, int64_t step) { return widen(row(i)[from + step]); },
+        [&](int i, int64_t step) { return (vu)load(row(i) + from + step); }, out);
     out += (to - from) * M;
     for (int64_t i = 0; i < (even_to - to) * M; ++i) *out++ = 0;
 }
 
-template <int M>
-MM_INLINE void pack_rows(
-    const bf16* x, int64_t stride, int64_t from, int64_t to, int64_t, uint32_t* out) {
-    const bf16* first = x + from;
+template <int M, class Row>
+MM_INLINE void pack_rows(const Row& row, int64_t from, int64_t to, int64_t, uint32_t* out) {
     const int64_t pairs = (to - from) / 2;
     pack_steps<M>(
-        pairs,
-        [&](int i, int64_t step) { return load_as<uint32_t>(first + i * stride + 2 * step); },
-        [&](int i, int64_t step) { return load_as<vu>(first + i * stride + 2 * step); }, out);
+        pairs, [&](int i, int64_t step) { return load_as<uint32_t>(row(i) + from + 2 * step); },
+        [&](int i, int64_t step) { return load_as<vu>(row(i) + from + 2 * step); }, out);
     if ((to - from) % 2)
-        for (int i = 0; i < M; ++i) out[pairs * M + i] = x[i * stride + to - 1].bits;
+        for (int i = 0; i < M; ++i) out[pairs * M + i] = row(i)[to - 1].bits;
 }
 
 // The same of `m` rows, at most M.
-template <int M, class T, class A>
+template <int M, class Row, class A>
 MM_INLINE void pack_strip(
-    const T* x, int64_t stride, int64_t m, int64_t from, int64_t to, int64_t even_to, A* out) {
+    int64_t m, const Row& row, int64_t from, int64_t to, int64_t even_to, A* out) {
     if constexpr (M > 1)
-        if (m < M) return pack_strip<M - 1>(x, stride, m, from, to, even_to, out);
-    pack_rows<M>(x, stride, from, to, even_to, out);
+        if (m < M) return pack_strip<M - 1>(m, row, from, to, even_to, out);
+    pack_rows<M>(row, from, to, even_to, out);
 }
 
 }  // namespace mm::MM_ISA

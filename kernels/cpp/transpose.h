@@ -15,16 +15,6 @@ namespace {
 #define MM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vu{static_cast<uint32_t>(__VA_ARGS__)})
 #endif
 
-template <int... J>
-struct Lanes {};
-#if defined(__AVX512F__) || defined(MM_EMULATE)
-using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
-#elif defined(__AVX2__)
-using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
-#else
-using AllLanes = Lanes<0, 1, 2, 3>;
-#endif
-
 // Shuffles within each four lanes: what x86 does in one step. PART: the lower or the upper half.
 template <int PART, int... J>
 MM_INLINE vu zip_ones(vu a, vu b, Lanes<J...>) {

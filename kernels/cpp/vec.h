@@ -117,19 +117,37 @@ MM_INLINE float max(float a, float b) { return a > b ? a : b; }
 MM_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 MM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The numbers of a vector, for packs of them.
+template <int... J>
+struct Lanes {};
+#if defined(__AVX512F__) || defined(MM_EMULATE)
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+#elif defined(__AVX2__)
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
+#else
+using AllLanes = Lanes<0, 1, 2, 3>;
+#endif
+
+// Neighbours change places with neighbours, WIDTH at a time.
+template <int WIDTH, int... J>
+MM_INLINE vf swapped(vf v, Lanes<J...>) {
+    return __builtin_shufflevector(v, v, (J ^ WIDTH)...);
+}
+
+// One number of all: the halves are brought together, then the halves of that.
+template <class F>
+MM_INLINE float fold(vf v, const F& together) {
+    constexpr AllLanes all{};
+    if constexpr (W > 8) v = together(swapped<8>(v, all), v);
+    if constexpr (W > 4) v = together(swapped<4>(v, all), v);
+    v = together(swapped<2>(v, all), v);
+    return together(swapped<1>(v, all), v)[0];
+}
 MM_INLINE float sum(vf v) {
-    float parts[W];
-    store(parts, v);
-    for (int width = W / 2; width; width /= 2)
-        for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
-    return parts[0];
+    return fold(v, [](vf a, vf b) { return a + b; });
 }
 MM_INLINE float largest(vf v) {
-    float parts[W];
-    store(parts, v);
-    for (int width = W / 2; width; width /= 2)
-        for (int i = 0; i < width; ++i) parts[i] = max(parts[i + width], parts[i]);
-    return parts[0];
+    return fold(v, [](vf a, vf b) { return max(a, b); });
 }
 
 // e^x to within 2 units in the last place: 2^n * 2^f with |f| <= 1/2, the second by the Taylor
