@@ -1,4 +1,4 @@
-// Causal attention over a paged KV cache for a whole step.
+// Attention over a paged KV cache for a whole step, or over keys that lie together as one block.
 //
 // A unit of work is one key head, a block of queries with all the heads that share it, and a range
 // of keys; it goes through its keys tile by tile with a running softmax, as FlashAttention does
@@ -34,6 +34,7 @@ struct Span {
 
 // The keys that the queries from `query` on see, `count` of them.
 MM_INLINE Span seen(const AttentionArgs& args, const Cut& cut, int64_t query, int64_t count) {
+    if (!args.causal) return {0, cut.context};
     const int64_t position = cut.context - cut.num_queries + query;
     const int64_t from = args.window > 0 ? larger(0, position - args.window + 1) : 0;
     return {from, larger(from, position + count)};

@@ -186,7 +186,7 @@ NB_MODULE(_cpu, m) {
            const KeyValues& keys, const KeyValues& values, Address tables, int64_t table_stride,
            bool wide_table, int64_t block_size, Address query_starts, Address contexts,
            Address out, int64_t num_sequences, int64_t heads, int64_t kv_heads, int64_t dim,
-           int64_t window, float scale, float softcap, int dtype, int64_t work) {
+           int64_t window, float scale, float softcap, bool causal, int dtype, int64_t work) {
             const auto strided = [](const KeyValues& t) {
                 return mm::KeyValues{
                     at<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
@@ -211,6 +211,7 @@ NB_MODULE(_cpu, m) {
             args.scale = scale;
             args.softcap = softcap;
             args.wide_table = wide_table;
+            args.causal = causal;
             args.dtype = static_cast<mm::DType>(dtype);
             perform(work, [args] { mm::ops().attention(args); });
         });

@@ -106,10 +106,11 @@ struct KeyValues {
     int64_t block, token, head;
 };
 
-// Causal attention of a step's queries [T, H, D], of which sequence s owns the rows from
-// query_starts[s] below query_starts[s + 1], to the first contexts[s] tokens of the blocks in row s
-// of `block_tables` [S, table_stride], of int32 or, if wide, of int64. `window` and `softcap` may be
-// 0: none. The result [T, H, D] lies together.
+// Attention of a step's queries [T, H, D], of which sequence s owns the rows from query_starts[s]
+// below query_starts[s + 1], to the first contexts[s] tokens of the blocks in row s of
+// `block_tables` [S, table_stride], of int32 or, if wide, of int64. If it is causal, the queries are
+// the last of those tokens, and see what is before them; else they see all. `window` (of causal
+// attention) and `softcap` may be 0: none. The result [T, H, D] lies together.
 struct AttentionArgs {
     const void* query;
     KeyValues keys, values;
@@ -121,7 +122,7 @@ struct AttentionArgs {
     int64_t query_row, query_head;
     int64_t window;
     float scale, softcap;
-    bool wide_table;
+    bool wide_table, causal;
     DType dtype;
 };
 

@@ -123,6 +123,7 @@ def attention(
     window: int,
     scale: float,
     softcap: float,
+    causal: bool,
     dtype: int,
     work: int,
 ) -> None: ...

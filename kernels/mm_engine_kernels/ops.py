@@ -52,6 +52,7 @@ CPU_FILES: dict[str, str] = {
     "amax": "largest",
     "sample": "sample",
     "paged_attention": "paged_attention",
+    "full_attention": "full_attention",
 }
 
 
@@ -313,6 +314,11 @@ def paged_prefill(
     )
 
 
+def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """See `reference.full_attention`."""
+    return _kernels[query.device.type].full_attention(query, key, value, scale)
+
+
 def merge_by_position(embeddings: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """See `reference.merge_by_position`."""
     return _kernels[embeddings.device.type].merge_by_position(embeddings, rows, positions)
@@ -356,6 +362,7 @@ OPS = (
     "paged_attention",
     "paged_decode",
     "paged_prefill",
+    "full_attention",
     "merge_by_position",
     "gather_rows",
     "argmax",

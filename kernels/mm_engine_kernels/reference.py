@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from mm_engine_kernels.quantized import FP8, to_fp8
 
@@ -139,6 +140,21 @@ def cached(x: Tensor, dtype: torch.dtype) -> Tensor:
 def indexable(cache: Tensor) -> Tensor:
     """The cache in a dtype that all of PyTorch's index operators take: its bytes, if in FP8."""
     return cache.view(torch.uint8) if cache.dtype == FP8 else cache
+
+
+def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention without a mask: each of `query` `[N, T, H, D]` sees all keys of its own of the N.
+
+    Keys and values are `[N, L, K, D]`, where K divides H: head h reads those of head h * K // H.
+    Returns `[N, T, H, D]`. Scores are the products times `scale`.
+
+    Raises:
+        ValueError, RuntimeError: the shapes don't fit.
+    """
+    groups = query.shape[2] // key.shape[2]
+    by_heads = (x.transpose(1, 2) for x in (query, key, value))
+    out = scaled_dot_product_attention(*by_heads, scale=scale, enable_gqa=groups > 1)
+    return out.transpose(1, 2).contiguous()
 
 
 def paged_attention(

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from mm_engine_kernels import ops
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AttentionInterface, AutoConfig, AutoModel
 
 from checkpoints import IMAGE_SIZE, TOWERS, vision_config
 from mm_engine.errors import StartupError
+from mm_engine.models.encoder_attention import IMPLEMENTATION
 from mm_engine.models.vision import (
     build_vision_tower,
     num_tower_rows,
@@ -51,6 +53,39 @@ def test_features_are_transformers_hidden_states(kind: str, layers: int | list[i
     assert len(got) == len(picked)
     for layer, features in zip(picked, got, strict=True):
         torch.testing.assert_close(features, states[layer], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_attention_is_our_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    real = ops.full_attention
+
+    def counted(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append(tuple(query.shape))
+        return real(query, *rest)
+
+    monkeypatch.setattr(ops, "full_attention", counted)
+    tower: Any = build_vision_tower(vision_config(kind), -1)
+    randomise(tower)
+    tower_features(tower, torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    assert len(calls) == 3 and {shape[0] for shape in calls} == {2}
+
+
+def test_what_the_kernel_does_not_do_is_torchs() -> None:
+    """A mask, causal attention and what else is asked for by name."""
+    attend, torchs = AttentionInterface()[IMPLEMENTATION], AttentionInterface()["sdpa"]
+    module = nn.Identity()
+    module.is_causal = False
+    query, key, value = torch.randn(3, 1, 2, 5, 16).unbind(0)
+    hidden = torch.rand(1, 1, 5, 5) > 0.5
+    hidden |= torch.eye(5, dtype=torch.bool)
+    bias = torch.randn(1, 2, 5, 5)
+    plain = attend(module, query, key, value, None)[0]
+    for mask, asked in ((hidden, {}), (None, {"is_causal": True}), (None, {"position_bias": bias})):
+        got = attend(module, query, key, value, mask, **asked)[0]
+        torch.testing.assert_close(got, torchs(module, query, key, value, mask, **asked)[0])
+        assert not torch.allclose(got, plain)
+    torch.testing.assert_close(plain, torchs(module, query, key, value, None)[0])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from mm_engine.errors import StartupError
+from mm_engine.models.encoder_attention import IMPLEMENTATION
 
 
 def build_vision_tower(config: Any, upto_layer: int | list[int]) -> nn.Module:
@@ -38,7 +39,8 @@ def build_vision_tower(config: Any, upto_layer: int | list[int]) -> nn.Module:
         config.num_hidden_layers = max(layers)
         config.vision_use_head = False
     dtype = torch.get_default_dtype()  # the loader sets it; else the config's own would win
-    tower: Any = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    attention = IMPLEMENTATION if known else "sdpa"  # others may ask for more than they say
+    tower: Any = AutoModel.from_config(config, attn_implementation=attention, dtype=dtype)
     if known:
         tower.post_layernorm = nn.Identity()
     tower.feature_layers = layers

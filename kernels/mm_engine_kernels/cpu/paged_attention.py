@@ -98,6 +98,7 @@ def attend(
         sliding_window or 0,
         scale,
         softcap or 0.0,
+        True,
         DTYPES[query.dtype],
         plan.num_pairs * heads * dim * 2,
     )
