@@ -28,12 +28,12 @@ constexpr int MR = 6, NP = 1;  // 24 of 32
 constexpr int MR = 2, NP = 1;  // 8 of 16
 #endif
 constexpr int MAX_P = 2;           // panels that a kernel reads side by side: four are no faster
-constexpr int64_t KC = 256;        // of K in a block where there are many rows,
-constexpr int64_t KC_FEW = 4 * KC; // and where there are few
+constexpr int64_t KC = 256;        // numbers of A by K in a block where there are many rows,
+constexpr int64_t KC_FEW = 1024;   // and of K where there are few
 constexpr int64_t LEAD = 48;       // steps between asking for a line of weights and using it
 constexpr int64_t MAX_ROWS = 384;  // packed at once, which bounds the memory that takes
 constexpr int64_t TILE_ROWS = 96;
-constexpr int64_t TILE_PANELS = 8;   // at most, where there are many rows,
+constexpr int64_t TILE_PANELS = 16;  // at most, where there are many rows,
 constexpr int64_t FEW_PANELS = 64;   // and where there are few
 constexpr int64_t FEW = 2 * MR;      // up to so many rows, widening a panel once doesn't pay
 constexpr int64_t ALONE = 1 << 15; // numbers that one thread packs sooner than it wakes another
@@ -193,12 +193,12 @@ void run(const LinearArgs& args) {
     for (int64_t first_row = 0; first_row < args.m; first_row += MAX_ROWS) {
         const int64_t rows = min(args.m - first_row, MAX_ROWS);
         const bool few = rows <= FEW;
-        const int64_t kc = few ? KC_FEW : KC;
+        const int64_t per_k = Panel::STEP / Panel::A_STEP;  // of K in one number of A
+        const int64_t kc = few ? KC_FEW : KC * per_k;
         // Strips of about one height: a low one takes the multipliers as long as a higher one.
         const int64_t strips = ceil_div(rows, MR);
         const int64_t height = ceil_div(rows, strips);
         auto start = [&](int64_t strip) { return strip * rows / strips; };
-        const int64_t per_k = Panel::STEP / Panel::A_STEP;  // of K in one number of A
         A* a = static_cast<A*>(scratch(0, sizeof(A) * (rows * k / per_k + 1)));
         const T* x = static_cast<const T*>(args.x) + first_row * args.x_stride;
 
