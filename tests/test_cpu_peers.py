@@ -245,6 +245,37 @@ def test_an_engine_that_takes_too_long_is_ended(
         client.Peer("/nowhere/python", "run_vllm.py", {}, tmp_path / "log")
 
 
+def test_who_is_not_asked_takes_no_time(drivers: Callable[..., Path], tmp_path: Path) -> None:
+    """Threads that wait in a loop after an answer are the next engine's loss."""
+    drivers()
+    parts = part("fleet")
+    fleet = parts.Fleet(
+        checkpoint=tmp_path,
+        folder=tmp_path,
+        sizes=part("sizes").quick("float32"),
+        dtype="float32",
+        threads=1,
+        limit=60.0,
+        pythons={parts.VLLM: sys.executable},
+        say=print,
+    )
+    names = ("mm-engine", parts.VLLM)
+    try:
+        peers = {name: fleet.get(name) for name in names}
+        for asked in (*names, *names):
+            fleet.ask(asked, [[1]], 1)
+            for name, peer in peers.items():
+                stopped = psutil.Process(peer._process.pid).status() == psutil.STATUS_STOPPED
+                assert stopped == (name != asked)
+        fleet.start(parts.TRANSFORMERS).close()
+        for peer in peers.values():
+            assert psutil.Process(peer._process.pid).status() == psutil.STATUS_STOPPED
+        assert fleet.logits(parts.VLLM).shape == (3, 4)
+    finally:
+        fleet.close_all()
+    assert not any(peer.alive for peer in peers.values())
+
+
 def ended(pid: int) -> bool:
     """Whether a process is gone, or a zombie, before long."""
     deadline = time.monotonic() + 20  # less than the process would go on

@@ -102,15 +102,34 @@ class Peer:
 
     def resident_bytes(self) -> int:
         """Memory of it and all that it has started. What several share counts once, on Linux."""
-        main = psutil.Process(self._process.pid)
         total = 0
-        for process in (main, *main.children(recursive=True)):
+        for process in self._processes():
             try:
                 full = process.memory_full_info()
             except psutil.Error:  # it has just ended
                 continue
             total += getattr(full, "pss", full.rss)
         return total
+
+    def pause(self) -> None:
+        """Take no more of the machine's time, until it is asked again."""
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                process.suspend()
+
+    def resume(self) -> None:
+        """Go on."""
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):
+                process.resume()
+
+    def _processes(self) -> list[psutil.Process]:
+        """It, and all that it has started."""
+        try:
+            main = psutil.Process(self._process.pid)
+            return [main, *main.children(recursive=True)]
+        except psutil.Error:
+            return []
 
     def close(self) -> None:
         """End it and all that it has started."""

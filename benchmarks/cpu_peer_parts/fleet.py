@@ -80,9 +80,18 @@ class Fleet:
 
     def start(self, name: str) -> Peer:
         """A new process of an engine, with nothing loaded."""
+        self.hush()
         python = self.pythons.get(name, sys.executable)
         log = self.folder / f"{SCRIPTS[name].removesuffix('.py')}.log"
         return Peer(python, SCRIPTS[name], self.environment(name), log)
+
+    def hush(self, but: Peer | None = None) -> None:
+        """Stop all that run but one: threads may wait in a loop long after an answer."""
+        for peer in self._running.values():
+            if peer is not but:
+                peer.pause()
+        if but is not None:
+            but.resume()
 
     def load(self, peer: Peer, name: str, quantization: str | None = None) -> None:
         """Have a process load the model."""
@@ -179,6 +188,7 @@ class Fleet:
     ) -> dict[str, Any]:
         """The same of a given process."""
         size = self.sizes.scale.image_size
+        self.hush(peer)
         return peer.ask(
             "answer",
             self.limit,
@@ -191,9 +201,9 @@ class Fleet:
     def logits(self, name: str, quantization: str | None = None) -> np.ndarray[Any, Any]:
         """An engine's logits `[prompts, vocabulary]`, those that follow `Sizes.error_prompts`."""
         path = self.folder / "logits.npy"
-        self.get(name, quantization).ask(
-            "logits", self.limit, prompts=self.sizes.error_prompts, path=str(path)
-        )
+        peer = self.get(name, quantization)
+        self.hush(peer)
+        peer.ask("logits", self.limit, prompts=self.sizes.error_prompts, path=str(path))
         found: np.ndarray[Any, Any] = np.load(path)
         path.unlink()
         return found

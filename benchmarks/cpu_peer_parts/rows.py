@@ -11,7 +11,7 @@ from typing import Any
 from cpu_peer_parts.client import PeerError
 
 OURS = "mm-engine"
-PAUSE = 0.2  # seconds: threads of the engine before may wait in a loop that long
+PAUSE = 0.2  # seconds: what the machine does after an answer may take that long
 
 
 @dataclass(slots=True)

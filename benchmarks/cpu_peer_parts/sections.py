@@ -244,6 +244,7 @@ def measure_floors(fleet: Fleet, seconds: float) -> tuple[Floors, dict[str, Any]
         PeerError: torch doesn't do what it should.
     """
     sizes = fleet.sizes
+    fleet.hush()
     peer = Peer(
         sys.executable, "run_floors.py", fleet.environment(OURS), fleet.folder / "floors.log"
     )

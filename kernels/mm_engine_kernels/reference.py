@@ -152,8 +152,8 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
         ValueError, RuntimeError: the shapes don't fit.
     """
     groups = query.shape[2] // key.shape[2]
-    by_heads = (x.transpose(1, 2) for x in (query, key, value))
-    out = scaled_dot_product_attention(*by_heads, scale=scale, enable_gqa=groups > 1)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    out = scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=groups > 1)
     return out.transpose(1, 2).contiguous()
 
 

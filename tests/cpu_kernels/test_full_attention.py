@@ -98,10 +98,16 @@ def test_nothing_to_compute() -> None:
 
 @pytest.mark.parametrize(
     ("keys", "values"),
-    [((2, 5, 2, 8), (2, 5, 2, 16)), ((1, 5, 2, 16), (1, 5, 2, 16)), ((2, 0, 2, 16), (2, 0, 2, 16)),
-     ((2, 5, 3, 16), (2, 5, 3, 16)), ((2, 5, 2, 16), (2, 4, 2, 16)), ((2, 5, 0, 16), (2, 5, 0, 16))],
+    [
+        ((2, 5, 2, 8), (2, 5, 2, 16)),
+        ((1, 5, 2, 16), (1, 5, 2, 16)),
+        ((2, 0, 2, 16), (2, 0, 2, 16)),
+        ((2, 5, 3, 16), (2, 5, 3, 16)),
+        ((2, 5, 2, 16), (2, 4, 2, 16)),
+        ((2, 5, 0, 16), (2, 5, 0, 16)),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused(keys: tuple[int, ...], values: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="don't fit"):
         full_attention(noise(2, 6, 4, 16), torch.zeros(keys), torch.zeros(values), 0.2)

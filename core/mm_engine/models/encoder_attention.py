@@ -44,8 +44,8 @@ def _attend(
             **keywords,
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    by_tokens = (x.transpose(1, 2) for x in (query, key, value))
-    return ops.full_attention(*by_tokens, scale), None
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return ops.full_attention(query, key, value, scale), None
 
 
 AttentionInterface.register(IMPLEMENTATION, _attend)
