@@ -48,15 +48,20 @@ constexpr int vectors_at_once(int m, int most) {
     return n;
 }
 
-// 2^x to within 2e-7 of its size; the polynomial is that of Cephes' exp2f. 0 below -125, 1 above
-// 0, NaN stays.
+// 2^x to within 2e-7 of its size; the polynomial is that of Cephes' exp2f. 1 above 0, NaN stays;
+// below -125 it is 0 or, where the instructions scale, what is left of it.
 MM_INLINE vf exp2(vf x) {
-    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-    const vf low = splat(-125.0f);
     const vf not_above = x > 0.0f ? vf{} : x;
-    const vf clipped = low > not_above ? low : not_above;
+#if MM_HAS_SCALE
+    const vf clipped = max(splat(-160.0f), not_above);  // infinity less itself would be NaN
+    const vf n = nearest(clipped);
+    const vf f = clipped - n;
+#else
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const vf clipped = max(splat(-125.0f), not_above);
     const vf shifted = clipped + magic;
     const vf f = clipped - (shifted - magic);
+#endif
     vf p = splat(1.535336188319500e-4f);
     p = p * f + 1.339887440266574e-3f;
     p = p * f + 9.618437357674640e-3f;
@@ -64,8 +69,12 @@ MM_INLINE vf exp2(vf x) {
     p = p * f + 2.402264791363012e-1f;
     p = p * f + 6.931472028550421e-1f;
     p = p * f + 1.0f;
+#if MM_HAS_SCALE
+    return scale(p, n);
+#else
     const vf result = (vf)((vi)p + ((vi)shifted << 23));
-    return (vf)((vi)result & ~(vi)(x < low));
+    return (vf)((vi)result & ~(vi)(x < -125.0f));
+#endif
 }
 MM_INLINE float exp2(float x) {
     float parts[W];

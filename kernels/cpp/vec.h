@@ -150,13 +150,33 @@ MM_INLINE float largest(vf v) {
     return fold(v, [](vf a, vf b) { return max(a, b); });
 }
 
+#if defined(__AVX512F__) && !defined(MM_EMULATE)
+#define MM_HAS_SCALE 1
+// The nearest whole number, and p times 2^n for a whole n; as in `load`, with a mask for GCC.
+MM_INLINE vf nearest(vf x) {
+    constexpr int NEAREST = 8;  // _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC
+    return (vf)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, NEAREST);
+}
+MM_INLINE vf scale(vf p, vf n) {
+    return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+}
+#else
+#define MM_HAS_SCALE 0
+#endif
+
 // e^x to within 2 units in the last place: 2^n * 2^f with |f| <= 1/2, the second by the Taylor
-// series of e^(f ln 2) (its error at 1/2 is 1e-8). 0 below -86.6, infinity above 88.7, NaN stays.
+// series of e^(f ln 2) (its error at 1/2 is 1e-8). Infinity above 88.7, NaN stays; below -86.6 it is
+// 0 or, where the instructions scale, what is left of it.
 MM_INLINE vf exp(vf x) {
+#if MM_HAS_SCALE
+    x = max(splat(-125.0f), min(splat(90.0f), x));  // infinity less itself would be NaN
+    const vf n = nearest(x * 1.44269504088896341f);
+#else
     const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     const vf scaled = x * 1.44269504088896341f;
     const vf shifted = max(splat(-125.0f), min(splat(128.0f), scaled)) + magic;
     const vf n = shifted - magic;
+#endif
     // x - n ln 2 in two steps: ln 2's upper bits times n are exact.
     const vf r = (x - n * 0.693145751953125f) - n * 1.42860677e-6f;
     vf p = splat(2.0f / 5040.0f);
@@ -167,10 +187,14 @@ MM_INLINE vf exp(vf x) {
     p = p * r + 1.0f;
     p = p * r + 2.0f;
     p = p * r + 2.0f;
+#if MM_HAS_SCALE
+    return scale(p, n - 1.0f);
+#else
     // Twice the series by 2^(n - 1), as n = 128 is beyond what one float's exponent holds. Above
     // 88.7 the series is at least that of 0, and overflows; NaN went through it.
     const vf power = (vf)(((vi)shifted - (vi)magic + 126) << 23);
     return select(x < -86.64340f, vf{}, p * power);
+#endif
 }
 
 }  // namespace mm::MM_ISA
