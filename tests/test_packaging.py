@@ -111,7 +111,7 @@ def test_one_wheel_has_all_instruction_sets_and_passes_its_tests_without_a_compi
     environment = Environment(tmp_path / "venv")
     environment.install(wheels["mm_engine_kernels"])
     (module,) = environment.site.glob("mm_engine_kernels/_cpu.*.so")
-    sets = {"x86_64": ("avx2", "avx512", "avx512_bf16"), "aarch64": ("neon", "neon_bf16")}
+    sets = {"x86_64": ("avx2", "avx512", "avx512_bf16", "amx"), "aarch64": ("neon", "neon_bf16")}
     content = module.read_bytes()
     assert all(f"\0{name}\0".encode() in content for name in sets.get(machine(), ()))
     shutil.copytree(ROOT / "tests" / "cpu_kernels", tmp_path / "cpu_kernels")

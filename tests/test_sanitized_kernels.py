@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -59,8 +60,9 @@ class Sanitized:
 
         options = {
             "MM_SANITIZE": "ON",
-            # What this CPU chooses by itself, and what any other falls back to.
-            "MM_ISAS": f"{extension.isas()[0]};baseline",
+            # What this CPU chooses by itself, what any other falls back to, and AMX in C++.
+            "MM_ISAS": f"{extension.isas()[0]};baseline;tiles",
+            "MM_EMULATE_TILES": "ON",
             "Python_EXECUTABLE": sys.executable,
             "nanobind_DIR": nanobind.cmake_dir(),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(self._site / "mm_engine_kernels"),
@@ -103,6 +105,15 @@ def test_the_sanitizers_see_a_write_past_the_end(sanitized: Sanitized) -> None:
     done = sanitized.run(PAST_THE_END)
     assert "all is well" in done.stdout and "nobody saw it" not in done.stdout
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
+
+
+def test_tiles_are_emulated_where_they_can_be(sanitized: Sanitized) -> None:
+    """So that the tests run what AMX does, on a CPU that hasn't got it; nothing else takes it."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("AMX is x86's")
+    done = sanitized.run("print(_cpu.isas(), _cpu.isa())")
+    assert done.returncode == 0, done.stderr
+    assert "'tiles'] " in done.stdout and not done.stdout.strip().endswith("tiles")
 
 
 def test_the_kernels_pass_their_tests_under_the_sanitizers(sanitized: Sanitized) -> None:

@@ -282,8 +282,8 @@ class Step {
         if (unit.keys.from >= unit.keys.to || !asks(unit)) return;
         Tile tile;
         find_tile(unit, unit.keys.from, &tile);
-        ask_for(tile.keys, tile.count);
-        ask_for(tile.values, tile.count);
+        ask_for(tile.keys, 0, tile.count);
+        ask_for(tile.values, 0, tile.count);
     }
 
     void attend(const Unit& unit, const Unit* next) const {
@@ -323,8 +323,8 @@ class Step {
             } else if (next != nullptr && ahead && next->keys.from < next->keys.to) {
                 find_tile(*next, next->keys.from, &following);
             }
-            if (ahead) ask_for(following.keys, following.count);
             for (int64_t column = 0; column < count; column += COLUMNS) {
+                if (ahead) ask_for(following.keys, column, min(column + COLUMNS, following.count));
                 pack_keys<Keys>(tile.keys + column, args_.dim, buffers.panel);
                 for (int64_t r = 0; r < rows; r += strip)
                     with_rows(min(strip, rows - r), [&](auto m) {
@@ -336,8 +336,12 @@ class Step {
                                 buffers.scores + r * KEYS + column + j);
                     });
             }
-            if (ahead) ask_for(following.values, following.count);
+            if (ahead) ask_for(following.keys, ceil_div(count, COLUMNS) * COLUMNS, following.count);
             for (int64_t r = 0; r < rows; ++r) {
+                if (ahead)
+                    ask_for(
+                        following.values, r * following.count / rows,
+                        (r + 1) * following.count / rows);
                 const Span own = seen(args_, cut, first + r / group_, 1);
                 buffers.factors[r] = weigh(
                     buffers.scores + r * KEYS, count, larger(0, own.from - at),
@@ -365,9 +369,10 @@ class Step {
     // alone doesn't see what comes next.
     bool asks(const Unit& unit) const { return unit.queries * group_ <= FEW; }
 
-    void ask_for(const T* const* rows, int64_t count) const {
+    // A few at a time: more than the core can keep track of would hold it up.
+    void ask_for(const T* const* rows, int64_t from, int64_t to) const {
         constexpr int64_t LINE = 64 / sizeof(T);
-        for (int64_t k = 0; k < count; ++k)
+        for (int64_t k = from; k < to; ++k)
             for (int64_t i = 0; i < args_.dim; i += LINE) __builtin_prefetch(rows[k] + i);
     }
 

@@ -12,7 +12,7 @@ namespace mm::MM_ISA {
 namespace {
 
 #if defined(__AVX512F__) || defined(MM_EMULATE)
-constexpr int MR = 12, MAX_SUMS = 24;  // rows in a strip; vectors of sums in registers
+constexpr int MR = 12, MAX_SUMS = 28;  // rows in a strip; vectors of sums in registers
 #elif defined(__AVX2__)
 constexpr int MR = 6, MAX_SUMS = 12;
 #elif defined(__aarch64__)

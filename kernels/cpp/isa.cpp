@@ -4,7 +4,13 @@
 
 #include "ops.h"
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -35,6 +41,19 @@ namespace {
     return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
            __builtin_cpu_supports("avx512vnni");
 }
+// The tiles are large: Linux gives their registers to a process that asks for them.
+[[maybe_unused]] bool has_amx() {
+#if defined(__linux__)
+    constexpr unsigned BF16 = 1 << 22, TILES = 1 << 24;
+    constexpr long ASK_FOR = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    return (d & BF16) && (d & TILES) && syscall(SYS_arch_prctl, ASK_FOR, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+[[maybe_unused]] bool has_tiles() { return true; }  // emulated
 #elif defined(__aarch64__)
 [[maybe_unused]] bool has_neon() { return true; }
 [[maybe_unused]] bool has_neon_bf16() {

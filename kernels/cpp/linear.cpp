@@ -9,6 +9,7 @@
 // result is summed over blocks of K, in each of which a panel's block stays in the first cache
 // and the rows' in the second. Rows are packed by strips of MR that lie together by K.
 #include "dot.h"
+#include "linear_tiles.h"
 #include "shares.h"
 #include "strips.h"
 #include "tile.h"
@@ -322,15 +323,7 @@ void run(const LinearArgs& args) {
                         p += count;
                     }
             }
-            const int64_t column = first_panel * PANEL;
-            const T* bias = static_cast<const T*>(args.bias);
-            const T* residual = static_cast<const T*>(args.residual);
-            const int64_t at = (first_row + row) * args.out_stride + column;
-            finish_tile(
-                tile, width, num_rows, min(width, args.n - column),
-                bias == nullptr ? bias : bias + column,
-                residual == nullptr ? residual : residual + at, static_cast<T*>(args.out) + at,
-                args.out_stride);
+            finish_part<T>(args, tile, width, first_row + row, num_rows, first_panel * PANEL);
         });
     }
 }
@@ -342,6 +335,12 @@ void linear(const LinearArgs& args) {
         run<float, FloatPanel>(args);
         return;
     }
+#if MM_HAS_TILES
+    if (args.m > FEW) {
+        linear_tiles(args);
+        return;
+    }
+#endif
 #if MM_HAS_DOT
     run<bf16, DotPairs>(args);
 #else

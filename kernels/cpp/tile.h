@@ -29,4 +29,19 @@ MM_INLINE void finish_tile(
     }
 }
 
+// A tile [rows, width] of the product that `args` asks for, whose first number is of `row` and
+// `column`, to its place.
+template <class T>
+MM_INLINE void finish_part(
+    const LinearArgs& args, const float* tile, int64_t width, int64_t row, int64_t rows,
+    int64_t column) {
+    const T* bias = static_cast<const T*>(args.bias);
+    const T* residual = static_cast<const T*>(args.residual);
+    const int64_t at = row * args.out_stride + column;
+    finish_tile(
+        tile, width, rows, min(width, args.n - column), bias == nullptr ? bias : bias + column,
+        residual == nullptr ? residual : residual + at, static_cast<T*>(args.out) + at,
+        args.out_stride);
+}
+
 }  // namespace mm::MM_ISA

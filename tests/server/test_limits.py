@@ -178,6 +178,7 @@ def test_a_client_that_leaves_the_queue_frees_its_place(strict: ServerProcess) -
         with pytest.raises(httpx.ReadTimeout):
             strict.http.post(COMPLETIONS, json={"prompt": "x"}, timeout=0.5)
         wait_until(lambda: strict.metric("mm_engine_num_requests_in_flight") == 1, "the place")
-        assert strict.metric("mm_engine_num_requests_waiting") == 0
+        # The server gives the place back; the engine drops what waited at its next step.
+        wait_until(lambda: strict.metric("mm_engine_num_requests_waiting") == 0, "the queue")
         running.close()
         wait_until(lambda: strict.is_idle, "everything given back")
