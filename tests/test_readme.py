@@ -97,7 +97,7 @@ def test_records_of_other_benchmarks_make_no_table(
     ("dtype", "others"),
     [
         ("float32", ["transformers", "vLLM", "llama.cpp"]),
-        ("bfloat16", ["transformers", "llama.cpp"]),
+        ("bfloat16", ["transformers", "vLLM", "llama.cpp"]),
     ],
 )
 def test_engines_that_were_measured_together_stand_side_by_side(
