@@ -33,6 +33,7 @@ NOUNS = {
     "request",
     "sampling_params",
     "sequence",
+    "torch_threads",
 }
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 

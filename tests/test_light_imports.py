@@ -126,6 +126,28 @@ def test_another_version_of_transformers_is_imported_in_the_usual_way() -> None:
     assert "torch._dynamo" in modules
 
 
+@pytest.mark.parametrize(
+    ("code", "given", "may_spin"),
+    [
+        ("import mm_engine", None, False),
+        ("import torch, mm_engine", None, True),
+        ("import torch, mm_engine", "passive", False),
+        ("import mm_engine, torch", None, False),
+    ],
+)
+def test_torch_that_was_imported_before_may_spin(
+    code: str, given: str | None, may_spin: bool
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if given is not None:
+        environment["OMP_WAIT_POLICY"] = given
+    code += "; print(mm_engine.torch_threads.MAY_SPIN)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(may_spin)
+
+
 @pytest.mark.parametrize(("given", "got"), [(None, "passive"), ("active", "active")])
 def test_idle_threads_of_torch_do_not_spin_unless_told_to(given: str | None, got: str) -> None:
     """libgomp, which isn't torch's on every platform, reads it when it's loaded: before torch."""

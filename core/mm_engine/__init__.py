@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
-# Threads of torch's that have nothing to do spin for milliseconds, on the cores that our kernels'
-# threads are to take next. The library that runs them (libgomp) reads this once, when torch is
-# first imported, and the processes started from here inherit it.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from mm_engine import torch_threads as torch_threads  # before torch is imported by anything else
 
 if TYPE_CHECKING:
     from mm_engine.llm import LLM

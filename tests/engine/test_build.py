@@ -267,6 +267,38 @@ def test_a_prompt_that_takes_long_on_a_cpu_is_tried_without_its_images(
     assert any("Images aren't tried" in text for text in caplog.messages) == takes_text
 
 
+@pytest.mark.parametrize(
+    ("device", "came_first", "threads", "told"),
+    [
+        ("cpu", True, 2, True),
+        ("cpu", False, 2, False),
+        ("cpu", True, 1, False),
+        ("cuda", True, 2, False),
+    ],
+)
+def test_that_torchs_threads_take_the_kernels_cores_is_told(
+    device: str,
+    came_first: bool,
+    threads: int,
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("mm_engine.torch_threads.MAY_SPIN", came_first)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    build.tell_of_spinning(torch.device(device))
+    assert ("Import mm_engine first, or set OMP_WAIT_POLICY=passive." in caplog.text) == told
+
+
+def test_an_engine_tells_of_it(
+    llava: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mm_engine.torch_threads.MAY_SPIN", True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    LLM(str(llava), max_model_len=64, max_num_seqs=2, device="cpu", progress=False)
+    assert caplog.text.count("PyTorch was imported before mm_engine") == 1
+
+
 def test_a_requests_text_is_what_no_item_stands_for() -> None:
     ranges = (PlaceholderRange("image", 0, 1, 2), PlaceholderRange("image", 1, 4, 1))
     items = tuple(Item(place, "", {}) for place in ranges)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mm_engine import torch_threads
 from mm_engine.config import EngineConfig
 from mm_engine.engine.engine import Engine
 from mm_engine.engine.pace import MIN_PROMPT_TOKENS, Pace
@@ -44,6 +45,7 @@ def build_engine(opened: OpenedModel, config: EngineConfig, profile_request: Req
         PluginError: the plugin broke its contract on its own dummy data.
     """
     runner = ModelRunner(opened, config)
+    tell_of_spinning(runner.device)
     try:
         return _build(runner, opened, config, profile_request)
     except EngineDead as error:  # nothing was served yet
@@ -117,6 +119,16 @@ def _build(
         memory=memory,
     )
     return engine
+
+
+def tell_of_spinning(device: torch.device) -> None:
+    """Warn of torch's threads where they wait in loops, on cores that the kernels' threads need."""
+    if device.type == "cpu" and torch_threads.MAY_SPIN and torch.get_num_threads() > 1:
+        logger.warning(
+            "PyTorch was imported before mm_engine: its threads keep cores busy between operators, "
+            "and an image's first token takes up to a third longer. Import mm_engine first, or set "
+            "OMP_WAIT_POLICY=passive."
+        )
 
 
 def profile(runner: ModelRunner, request: Request) -> None:
