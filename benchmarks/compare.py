@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mm_engine  # noqa: F401 (before torch, whose threads would take the kernels' cores)
-
-# isort: split
 import numpy as np
 import torch
 import transformers
