@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from mm_engine_kernels import ops
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -116,6 +117,10 @@ def drivers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Pa
     return play
 
 
+def has_kernels() -> bool:
+    return ops.chosen("cpu").name == "cpp"
+
+
 def rows(record: dict[str, Any]) -> dict[str, Any]:
     return {row["key"]: row for section in record["sections"].values() for row in section["rows"]}
 
@@ -131,7 +136,11 @@ def test_this_engine_and_transformers_answer_alike(
     assert record["engines"]["transformers"]["versions"]["torch"]
     rates = record["floors"]["rates"]
     assert min(rates.values()) > 0 and rates["import_torch_seconds"] > 0.1
-    assert record["floors"]["before"]["products"].keys() == {"float32", "bfloat16"}
+    products = record["floors"]["before"]["products"]
+    assert products.keys() == {"float32", "bfloat16"}
+    for rate in products.values():
+        ours = {name for name in rate["shapes"] if name.endswith("mm-engine's")}
+        assert len(ours) == (len(rate["shapes"]) / 2 if has_kernels() else 0)
     assert record["floors"]["after"]["bandwidth"]["bytes_per_second"] > 0
     found = rows(record)
     errors = [found.pop(f"{kind} error")["medians"] for kind in ("int8", "int4")]
@@ -240,6 +249,10 @@ def test_an_engine_that_takes_too_long_is_ended(
         peer.ask("answer", 2.0, prompts=[], num_tokens=1, images=[], image_size=1)
     assert time.monotonic() - start < 30
     assert not process.is_running() and not peer.alive
+    peer.pause()
+    peer.resume()
+    with pytest.raises(psutil.NoSuchProcess):
+        peer.resident_bytes()
     assert ended(int(note.read_text()))
     with pytest.raises(client.PeerError, match="can't be run"):
         client.Peer("/nowhere/python", "run_vllm.py", {}, tmp_path / "log")

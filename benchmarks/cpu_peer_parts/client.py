@@ -9,7 +9,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,23 +113,22 @@ class Peer:
 
     def pause(self) -> None:
         """Take no more of the machine's time, until it is asked again."""
-        for process in self._processes():
-            with contextlib.suppress(psutil.Error):  # it has just ended
-                process.suspend()
+        self._each(psutil.Process.suspend)
 
     def resume(self) -> None:
         """Go on."""
-        for process in self._processes():
-            with contextlib.suppress(psutil.Error):
-                process.resume()
+        self._each(psutil.Process.resume)
+
+    def _each(self, do: Callable[[psutil.Process], None]) -> None:
+        with contextlib.suppress(psutil.Error):  # all has ended
+            for process in self._processes():
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    do(process)
 
     def _processes(self) -> list[psutil.Process]:
         """It, and all that it has started."""
-        try:
-            main = psutil.Process(self._process.pid)
-            return [main, *main.children(recursive=True)]
-        except psutil.Error:
-            return []
+        main = psutil.Process(self._process.pid)
+        return [main, *main.children(recursive=True)]
 
     def close(self) -> None:
         """End it and all that it has started."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -172,3 +174,16 @@ def test_what_the_kernels_raise_ends_the_recording() -> None:
         Recorder()(fails)
     layer()
     assert layer.out.any()
+
+
+def test_a_program_that_ends_with_a_recording_is_not_warned() -> None:
+    """As one does whose `LLM` is still there."""
+    code = """
+import ctypes
+from mm_engine_kernels import _cpu
+kept = _cpu.Recording()
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+print("made")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "made\n", "")

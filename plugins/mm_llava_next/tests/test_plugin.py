@@ -176,7 +176,8 @@ def test_what_cannot_be_laid_out_is_refused_at_startup(
 
 def test_features_are_those_of_transformers_alone_and_among_others(path: Path) -> None:
     llm = LLM(str(path), dtype="float32", progress=False)
-    model: Any = llm.engine.runner._runner.model  # type: ignore[attr-defined]
+    runner: Any = llm.engine.runner
+    model = runner._runner.model
     plugin, ctx = llm.pipeline.plugin, llm.pipeline.ctx
     sizes = [(64, 64), (64, 60), (10, 90), (90, 10), (4000, 3), (3, 4000)]
     images = [picture(i, *size) for i, size in enumerate(sizes)]
