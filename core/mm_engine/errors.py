@@ -49,10 +49,24 @@ class PluginError(MMEngineError):
 
 
 class EngineDead(MMEngineError):
-    """The engine process is gone; nothing it was asked will be answered."""
+    """The engine process is gone; nothing it was asked will be answered.
+
+    `retry_after` is given where another engine is being started: seconds.
+    """
 
     status = 503
     kind = "engine_dead"
+
+    def __init__(self, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(MMEngineError):
+    """The time that a request had is over before its answer was whole."""
+
+    status = 504
+    kind = "timeout_error"
 
 
 class StartupError(MMEngineError):

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Response
 from pydantic import BaseModel
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from mm_engine.errors import EngineDead
 from mm_engine.plugins.blame import no_more_calls
 from mm_engine.server.access_log import AccessLog
 from mm_engine.server.chat import open_chat
 from mm_engine.server.completions import open_completion
+from mm_engine.server.deadline import HEADER
 from mm_engine.server.errors import ErrorBoundary, add_error_handlers
 from mm_engine.server.exchange import Exchange
-from mm_engine.server.limits import ApiKey, BodyLimit
+from mm_engine.server.keys import ApiKey
+from mm_engine.server.limits import BodyLimit
 from mm_engine.server.plugin_list import plugin_list
 from mm_engine.server.protocol import ChatRequest, CompletionRequest
 from mm_engine.server.responses import (
@@ -48,6 +52,7 @@ ROUTES = frozenset(
         "/v1/models",
         "/v1/plugins",
         "/health",
+        "/ready",
         "/version",
         "/metrics",
         "/openapi.json",
@@ -60,8 +65,9 @@ def create_app(client: EngineClient, pipeline: InputPipeline, settings: ServerSe
     service = Service(client, pipeline, settings)
     middleware = [
         Middleware(AccessLog, metrics=service.metrics, routes=ROUTES),
+        *([_cors(settings.allowed_origins)] if settings.allowed_origins else []),
         Middleware(ErrorBoundary),
-        *([Middleware(ApiKey, key=settings.api_key)] if settings.api_key else []),
+        *([Middleware(ApiKey, keys=settings.api_keys)] if settings.api_keys else []),
         Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
     ]
     app = FastAPI(
@@ -78,6 +84,16 @@ def create_app(client: EngineClient, pipeline: InputPipeline, settings: ServerSe
     _add_information_routes(app, service)
     _add_body_schemas(app)
     return app
+
+
+def _cors(origins: Sequence[str]) -> Middleware:
+    """Before the key: a browser asks for leave without one. Keys aren't cookies."""
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", HEADER],
+    )
 
 
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
@@ -125,13 +141,22 @@ def _add_information_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", responses={503: {"model": ErrorBody}})
     async def health() -> Health:
-        """Whether requests are taken: 503 if the engine is gone, plugins hang or it shuts down."""
-        service.check_ready()
+        """Whether the server lives: 503 if the engine is gone, or too many hooks of plugins hang.
+
+        One that shuts down lives until it has.
+        """
+        service.check_alive()
         if no_more_calls():
             raise EngineDead(
                 "too many calls of the plugin's hooks were given up on and still run. "
                 "Restart the server."
             )
+        return Health(status="ok")
+
+    @app.get("/ready", responses={503: {"model": ErrorBody}})
+    async def ready() -> Health:
+        """Whether requests are taken: 503 while an engine is started and while it shuts down."""
+        service.check_ready()
         return Health(status="ok")
 
     @app.get("/version", responses=key_errors)
@@ -172,7 +197,7 @@ def _described(request: type[BaseModel], response: type[BaseModel]) -> dict[str,
                 "description": "The answer, or a stream of events",
                 "content": {"text/event-stream": {}},
             },
-            **{s: {"model": ErrorBody} for s in (400, 401, 404, 408, 413, 429, 500, 503)},
+            **{s: {"model": ErrorBody} for s in (400, 401, 404, 408, 413, 429, 500, 503, 504)},
         },
     }
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mm_engine.errors import MMEngineError, Overloaded, PluginError, RequestError
+from mm_engine.errors import MMEngineError, PluginError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,8 @@ def respond(
 def error_response(error: Exception) -> ASCIIResponse:
     """The response for any exception."""
     status, body = body_of(error)
-    retry = {"Retry-After": str(error.retry_after)} if isinstance(error, Overloaded) else None
-    return respond(status, body, retry)
+    seconds = getattr(error, "retry_after", None)
+    return respond(status, body, None if seconds is None else {"Retry-After": str(seconds)})
 
 
 def place_of(error: BaseException) -> str:

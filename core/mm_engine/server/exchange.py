@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 from fastapi import Response
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from mm_engine.errors import RequestError
 from mm_engine.outputs import RequestOutput
 from mm_engine.request import Request
 from mm_engine.server.answer import Answer
+from mm_engine.server.deadline import Deadline, asked_in_header
 from mm_engine.server.errors import body_of
 from mm_engine.server.protocol import RequestT, parse
 from mm_engine.server.service import Service, Slots
@@ -58,6 +59,7 @@ class Job:
     requests: list[Request]
     reply: Reply
     stream: bool
+    timeout: float | None = None  # seconds from the request's arrival, as its body asks
 
 
 Endpoint = Callable[[Service, bytes, Slots], Awaitable[Job]]
@@ -88,26 +90,43 @@ class Exchange(Response):
         Raises:
             MMEngineError: before the response has started.
         """
-        arrived = time.perf_counter()
+        arrived, began = time.perf_counter(), asyncio.get_running_loop().time()
         notes: dict[str, Any] = scope.setdefault("mm_engine.notes", {})
-        metrics = self._service.metrics
-        with self._service.admit() as slots, metrics.in_flight.track_inprogress():
-            body = await read_body(receive, self._service.settings.body_timeout)
-            if body is None or not await _unless_gone(
-                receive, self._answer(body, slots, send, arrived, notes)
-            ):
+        service, metrics = self._service, self._service.metrics
+        send = _impatient(send, service.settings.send_timeout)
+        with service.admit() as slots, metrics.in_flight.track_inprogress():
+            deadline = Deadline(began, service.settings.max_request_seconds)
+            deadline.allow(asked_in_header(scope))
+            body = await read_body(receive, service.settings.body_timeout)
+            work = self._answer(body or b"", slots, send, arrived, deadline, notes)
+            try:
+                done = body is not None and await _unless_gone(receive, work)
+            except _Stalled:
+                done = False
+            finally:
+                work.close()  # if it wasn't begun
+            if not done:
                 notes["status"] = CLIENT_GONE
                 return
         metrics.request_seconds.observe(time.perf_counter() - arrived)
 
     async def _answer(
-        self, body: bytes, slots: Slots, send: Send, arrived: float, notes: dict[str, Any]
+        self,
+        body: bytes,
+        slots: Slots,
+        send: Send,
+        arrived: float,
+        deadline: Deadline,
+        notes: dict[str, Any],
     ) -> None:
-        job = await self._endpoint(self._service, body, slots)
+        async with deadline.raising():
+            job = await self._endpoint(self._service, body, slots)
+        deadline.allow(job.timeout)
+        slots.take_tokens(job.requests)
         tally = notes["tally"] = Tally(job.requests, self._service.metrics, arrived)
-        answer = Answer(self._service.client, job.requests)
+        answer = Answer(self._service.client, job.requests, slots.begun)
         try:
-            with self._service.answering(answer):
+            with self._service.answering(answer), deadline.ending(answer):
                 async with answer:
                     if job.stream:
                         await _stream(answer, job.reply, tally, send, notes)
@@ -158,6 +177,23 @@ async def _emit(send: Send, events: Iterable[BaseModel]) -> None:
     if lines:
         body = "".join(lines).encode()
         await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+class _Stalled(BaseException):
+    """The client doesn't read what it is sent. No `Exception`: it can't be told of it."""
+
+
+def _impatient(send: Send, timeout: float) -> Send:
+    """`send`, for a client that reads within `timeout` seconds what the buffers don't hold."""
+
+    async def send_in_time(message: Message) -> None:
+        try:
+            async with asyncio.timeout(timeout):
+                await send(message)
+        except TimeoutError:
+            raise _Stalled from None
+
+    return send_in_time
 
 
 async def read_body(receive: Receive, timeout: float) -> bytes | None:

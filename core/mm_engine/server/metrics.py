@@ -152,6 +152,11 @@ class Metrics:
             "Completion requests being answered",
             registry=self.registry,
         )
+        self.restarts = Counter(
+            "mm_engine_restarts",
+            "Engines that were started in the place of one that had died",
+            registry=self.registry,
+        )
         self.request_seconds = self._histogram(
             "e2e_request_latency_seconds", "From a completion request's arrival to its last byte"
         )

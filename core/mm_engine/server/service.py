@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,23 +13,32 @@ import anyio
 from anyio import to_thread
 
 from mm_engine.errors import EngineDead, Overloaded, RequestError
+from mm_engine.inputs.grammar_compiler import MAX_WAITING, GrammarCompiler
+from mm_engine.request import Request
 from mm_engine.server.answer import Answer
+from mm_engine.server.keys import KeyLimits, current_key
 from mm_engine.server.metrics import Metrics
 from mm_engine.server.settings import ServerSettings
+from mm_engine.server.structure import StructureFields
 
 if TYPE_CHECKING:
     from mm_engine.engine.client import EngineClient
     from mm_engine.inputs.pipeline import InputPipeline
 
 T = TypeVar("T")
+RESTART_SECONDS = 5  # after which a client may ask again, while an engine is started
 
 
 class Slots:
-    """A share of the queue: one for each prompt of a request, given back when it is left."""
+    """A share of the queue: one for each prompt of a request, given back when it is left.
+
+    And the tokens of its prompts, until the first token of an answer.
+    """
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self.num_prompts = 0
+        self.num_tokens = 0
 
     def take(self, num_prompts: int) -> None:
         """Have this many in all.
@@ -48,17 +57,39 @@ class Slots:
         self._service.num_prompts += num_prompts - self.num_prompts
         self.num_prompts = num_prompts
 
+    def take_tokens(self, requests: Sequence[Request]) -> None:
+        """Have the tokens of these prompts in the queue, too.
 
-def bound_salt(api_key: str | None, asked: str) -> str:
-    """The salt that a request asked for, bound to the API key if one is set.
+        One that is larger than the limit has to be alone: it is taken where nothing waits.
+
+        Raises:
+            Overloaded: those before them are too many.
+        """
+        waiting, limit = self._service.num_tokens, self._service.settings.max_queued_tokens
+        num_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        if waiting and waiting + num_tokens > limit:
+            raise Overloaded(
+                f"the queue is full: {waiting} tokens of prompts wait. Send the request again "
+                "later."
+            )
+        self._service.num_tokens += num_tokens
+        self.num_tokens = num_tokens
+
+    def begun(self) -> None:
+        """The prompts have been computed, or the first of them."""
+        self._service.num_tokens -= self.num_tokens
+        self.num_tokens = 0
+
+
+def bound_salt(key: bytes | None, asked: str) -> str:
+    """The salt that a request asked for, bound to its API key (by the digest) if it has one.
 
     Then a salt means something only to those who hold the key, and nobody can tell by its speed
     whether a prompt was sent with another key.
     """
-    if api_key is None:
+    if key is None:
         return asked
-    secret, salt = (text.encode("utf-8", "surrogatepass") for text in (api_key, asked))
-    return hmac.new(secret, salt, hashlib.sha256).hexdigest()
+    return hmac.new(key, asked.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
 
 class Service:
@@ -72,12 +103,18 @@ class Service:
         self.settings = settings
         self.metrics = Metrics(pipeline.plugin.record, pipeline.processed)
         self.num_prompts = 0  # admitted and not yet answered
+        self.num_tokens = 0  # of prompts, admitted and without a token of an answer
         self.draining = False
+        self.restarting = False  # the engine has died, and another is being started
         max_images = pipeline.ctx.limits.get("image", 0)
         self.media_limits = dataclasses.replace(settings.media, max_images=max_images)
         self._expired = False
+        self._keys = KeyLimits(settings.max_requests_per_key, settings.max_requests_per_minute)
         self._answers: set[Answer] = set()
         self._input_threads = anyio.CapacityLimiter(settings.max_input_threads)
+        self._grammars = GrammarCompiler(pipeline.grammars, settings.grammar_timeout)
+        # One more than may wait, so that it is said when those are too many.
+        self._grammar_threads = anyio.CapacityLimiter(MAX_WAITING + 1)
 
     @property
     def model_name(self) -> str:
@@ -114,7 +151,7 @@ class Service:
 
     def cache_salt(self, asked: str | None) -> str:
         """What separates a request from others in all caches; see `bound_salt`."""
-        return bound_salt(self.settings.api_key, asked or "")
+        return bound_salt(current_key.get(), asked or "")
 
     def check_ready(self) -> None:
         """Refuse work that can't be done.
@@ -123,10 +160,23 @@ class Service:
             EngineDead: the engine process is gone.
             Overloaded: 503, the server is shutting down.
         """
-        if not self.client.alive:
-            raise EngineDead("the engine has stopped. Restart the server.")
         if self.draining:
             raise self._stopping()
+        self.check_alive()
+
+    def check_alive(self) -> None:
+        """Refuse what needs the engine.
+
+        Raises:
+            EngineDead: the engine process is gone.
+        """
+        if self.restarting:
+            raise EngineDead(
+                "the engine has stopped, and is being started again. Send the request again later.",
+                retry_after=RESTART_SECONDS,
+            )
+        if not self.client.alive:
+            raise EngineDead("the engine has stopped. Restart the server.")
 
     @contextmanager
     def admit(self) -> Iterator[Slots]:
@@ -136,16 +186,43 @@ class Service:
             EngineDead, Overloaded: it can't be taken.
         """
         self.check_ready()
-        slots = Slots(self)
+        slots, key = Slots(self), current_key.get()
         slots.take(1)
         try:
-            yield slots
+            self._keys.begin(key)
+            try:
+                yield slots
+            finally:
+                self._keys.end(key)
         finally:
+            slots.begun()
             self.num_prompts -= slots.num_prompts
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run blocking input work (decoding, hooks); so many at a time, the others wait."""
         return await to_thread.run_sync(work, limiter=self._input_threads)
+
+    async def compile_grammar(self, asked: StructureFields) -> bytes | None:
+        """What a request carries that asked for structured output; None if it didn't.
+
+        Raises:
+            RequestError: it can't be compiled, or not in time.
+            Overloaded: too many others wait.
+        """
+        structure = asked.structure
+        if structure is None:
+            return None
+        try:
+            return await to_thread.run_sync(
+                lambda: self._grammars.compile(structure), limiter=self._grammar_threads
+            )
+        except RequestError as error:
+            error.param = asked.structure_field
+            raise
+
+    async def close(self) -> None:
+        """End what was started for requests."""
+        await to_thread.run_sync(self._grammars.close)
 
     @contextmanager
     def answering(self, answer: Answer) -> Iterator[None]:
