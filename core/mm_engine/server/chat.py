@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mm_engine.inputs.media import ImageSource, load_images
 from mm_engine.outputs import RequestOutput
 from mm_engine.request import Request
-from mm_engine.sampling_params import SamplingParams
 from mm_engine.server.exchange import Job, parsed
 from mm_engine.server.logprobs import chat_logprobs
 from mm_engine.server.protocol import ChatRequest, ImagePart, ImageURL, TextPart
@@ -25,6 +24,11 @@ from mm_engine.server.responses import (
 from mm_engine.server.service import Service, Slots
 from mm_engine.server.tally import Tally
 
+if TYPE_CHECKING:
+    from mm_engine.inputs.pipeline import PreparedPrompt
+
+T = TypeVar("T")
+
 
 async def open_chat(service: Service, body: bytes, slots: Slots) -> Job:
     """Validate a body and make it a request for the engine.
@@ -38,13 +42,29 @@ async def open_chat(service: Service, body: bytes, slots: Slots) -> Job:
     service.check_priority(asked.priority)
     params = asked.sampling_params()
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    request = await service.in_thread(lambda: _prepare(service, asked, params, request_id))
+    request = await with_prepared(
+        service,
+        asked,
+        lambda prepared: service.pipeline.request(
+            prepared, params, request_id, priority=asked.priority or 0
+        ),
+    )
     return Job([request], ChatReply(service.model_name, request, asked), bool(asked.stream))
 
 
-def _prepare(
-    service: Service, asked: ChatRequest, params: SamplingParams, request_id: str
-) -> Request:
+async def with_prepared(
+    service: Service, asked: ChatRequest, work: Callable[[PreparedPrompt], T]
+) -> T:
+    """Render a conversation, and do blocking work on it. All routes with messages come this way.
+
+    Raises:
+        RequestError: the messages or one of their images are at fault.
+        PluginError: a hook is.
+    """
+    return await service.in_thread(lambda: work(_prepare(service, asked)))
+
+
+def _prepare(service: Service, asked: ChatRequest) -> PreparedPrompt:
     images = iter(load_images(_sources(asked), service.media_limits))
     messages: list[dict[str, Any]] = []
     for message in asked.messages:
@@ -60,12 +80,11 @@ def _prepare(
             ]
         role = "system" if message.role == "developer" else message.role
         messages.append({"role": role, "content": content})
-    prepared = service.pipeline.prepare_chat(
+    return service.pipeline.prepare_chat(
         messages,
         add_generation_prompt=asked.add_generation_prompt is not False,
         cache_salt=service.cache_salt(asked.cache_salt),
     )
-    return service.pipeline.request(prepared, params, request_id, priority=asked.priority or 0)
 
 
 def _sources(asked: ChatRequest) -> list[ImageSource]:

@@ -41,6 +41,7 @@ class Shape(BaseModel):
     """A JSON object with strict types, whose unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
+    not_offered: ClassVar[NotOffered] = {}
 
 
 class ImageURL(Shape):
@@ -265,7 +266,7 @@ class CompletionRequest(GenerationRequest):
         return self._sampling_params(max_tokens=max_tokens, logprobs=self.logprobs)
 
 
-RequestT = TypeVar("RequestT", bound=GenerationRequest)
+RequestT = TypeVar("RequestT", bound=Shape)
 
 
 def parse(shape: type[RequestT], body: bytes) -> RequestT:
