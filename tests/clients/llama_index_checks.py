@@ -1,4 +1,4 @@
-"""LlamaIndex's `OpenAILike`."""
+"""LlamaIndex's `OpenAILike`, and its `OpenAIResponses`, which comes with it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from harness import (
     raised,
 )
 from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
+from llama_index.llms.openai import OpenAIResponses
 from llama_index.llms.openai_like import OpenAILike
 
 
@@ -57,6 +58,26 @@ def complete() -> str:
     return f"{whole!r}"
 
 
+@check("OpenAIResponses.chat and .stream_chat (/v1/responses): text, ImageBlock, usage")
+def responses() -> str:
+    llm = OpenAIResponses(
+        model="demo",
+        api_base=URL,
+        api_key="none",
+        context_window=4096,
+        max_retries=0,
+        max_output_tokens=40,
+        temperature=0,
+    )
+    without, whole = llm.chat(asked()), llm.chat(asked(PICTURE))
+    chunks = list(llm.stream_chat(asked(PICTURE)))
+    assert whole.message.content
+    assert chunks[-1].message.content == whole.message.content
+    usage = whole.raw.usage
+    assert usage.input_tokens > without.raw.usage.input_tokens + MIN_IMAGE_TOKENS
+    return f"{whole.message.content!r}, {usage.input_tokens} + {usage.output_tokens} tokens"
+
+
 @check("logprobs=True, top_logprobs=2")
 def logprobs() -> str:
     answer = model(logprobs=True, top_logprobs=2).chat(asked(PICTURE))
@@ -67,8 +88,7 @@ def logprobs() -> str:
 
 @check("a broken image")
 def broken_image() -> str:
-    url = BROKEN_PICTURE
-    return raised(openai.BadRequestError, lambda: model().chat(asked(url)))
+    return raised(openai.BadRequestError, lambda: model().chat(asked(BROKEN_PICTURE)))
 
 
 @check("no key")

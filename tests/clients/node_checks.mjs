@@ -3,8 +3,7 @@
 import assert from "node:assert/strict";
 import OpenAI from "openai";
 
-const { SERVER, TIGHT_SERVER, KEYED_SERVER, PICTURE } = process.env;
-const BROKEN_PICTURE = PICTURE.slice(0, Math.floor(PICTURE.length / 8) * 4);
+const { SERVER, TIGHT_SERVER, KEYED_SERVER, PICTURE, BROKEN_PICTURE } = process.env;
 const MIN_IMAGE_TOKENS = 15;
 const QUESTION = "Describe the image.";
 

@@ -109,7 +109,8 @@ def servers() -> Iterator[dict[str, str]]:
         "KEYED_SERVER": ((), {"MM_ENGINE_API_KEY": KEY}),
     }
     with ExitStack() as stack:
-        variables = {"PICTURE": data_url(encode(quarters(96, 96)))}
+        file = encode(quarters(96, 96))
+        variables = {"PICTURE": data_url(file), "BROKEN_PICTURE": data_url(file[:-40])}
         for name, (flags, env) in kinds.items():
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             started = ServerProcess(folder, *FLAGS, *flags, env=env, fresh=True)
