@@ -178,7 +178,6 @@ def test_a_bad_field_is_refused_by_name(
     check_error(server.http.post(route, json={**GOOD[route], field: value}), 400, param)
 
 
-URL = "messages.0.content.0.image_url"
 IMAGES: dict[str, str] = {
     "remote": "https://example.com/s3cr3t.png",
     "loopback": "http://127.0.0.1:1/s3cr3t",
@@ -326,9 +325,10 @@ def test_a_neighbour_is_not_disturbed_and_nothing_is_kept(server: ServerProcess)
     with server.http.stream("POST", COMPLETIONS, json={**long, "stream": True}) as response:
         events = sse_events(response.iter_lines())
         text = json.loads(next(events))["choices"][0]["text"]
-        for case in IMAGES.values():
-            request = {**GOOD[CHAT], "messages": message(image(case), TEXT)}
-            check_error(server.http.post(CHAT, json=request), 400, URL)
+        for route, (field, _) in MESSAGES.items():
+            for case in IMAGES.values():
+                refused = server.http.post(route, json=said(route, image(case), TEXT))
+                check_error(refused, 400, f"{field}.0.content.0.image_url")
         text += "".join(json.loads(e)["choices"][0]["text"] for e in events if e != "[DONE]")
     assert text == alone
     wait_until(lambda: server.is_idle, "everything given back")

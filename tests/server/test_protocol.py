@@ -18,6 +18,7 @@ from mm_engine.server.errors import error_response
 from mm_engine.server.exchange import read_body
 from mm_engine.server.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
 from mm_engine.server.response_protocol import LOGPROBS, ResponseRequest
+from mm_engine.server.tokenize import DetokenizeRequest, TokenizeRequest
 
 GOOD: dict[type[GenerationRequest], dict[str, Any]] = {
     ChatRequest: {"messages": [{"role": "user", "content": "x"}]},
@@ -96,6 +97,26 @@ def test_any_value_in_any_field_is_taken_or_refused(
 @given(body=st.binary(max_size=60) | values.map(lambda value: json.dumps(value).encode()))
 def test_any_body_is_taken_or_refused(shape: type[GenerationRequest], body: bytes) -> None:
     read(shape, body)
+
+
+@pytest.mark.parametrize("shape", [TokenizeRequest, DetokenizeRequest])
+@settings(max_examples=200)
+@given(data=st.data())
+def test_any_value_is_tokenized_or_refused(
+    shape: type[TokenizeRequest | DetokenizeRequest], data: st.DataObject
+) -> None:
+    names = sorted({*shape.model_fields, *shape.not_offered})
+    body = data.draw(st.dictionaries(st.sampled_from(names), values, max_size=3))
+    try:
+        asked = parse(shape, json.dumps(body).encode())
+        if isinstance(asked, TokenizeRequest):
+            asked.check(2**20)
+            assert (asked.prompt is None) != (asked.messages is None)
+    except RequestError as error:
+        refusal = error_response(error)
+    else:
+        return
+    assert len(refusal.body) < 2000
 
 
 @SHAPES

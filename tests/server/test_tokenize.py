@@ -115,8 +115,9 @@ def test_the_longest_text_is_tokenized_while_health_answers(server: ServerProces
             assert server.http.get("/health").elapsed.total_seconds() < 1
     tokens = call.result()["tokens"]
     assert len(tokens) > 4096
-    longer = server.http.post("/tokenize", json={"prompt": text + "x" * 30})
-    assert (longer.status_code, longer.json()["error"]["param"]) == (400, "prompt")
+    for longer in (text + "x" * 30, "é" * (2**19 + 1)):  # it's bytes that count
+        refused = server.http.post("/tokenize", json={"prompt": longer})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
     wait_until(lambda: server.is_idle, "everything given back")
 
 

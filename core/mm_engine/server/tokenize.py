@@ -23,8 +23,8 @@ from mm_engine.server.protocol import (
 )
 from mm_engine.server.service import Service
 
-MIN_TEXT = 2**20  # characters that are tokenized at once, however short the model's length is
-TEXT_PER_TOKEN = 16  # characters for each token of the model's length
+MIN_TEXT = 2**20  # bytes that are tokenized at once, however short the model's length is
+TEXT_PER_TOKEN = 16  # bytes for each token of the model's length
 MAX_TOKENS = 2**20  # ids of one body
 
 
@@ -64,11 +64,10 @@ class TokenizeRequest(Shape):
                 "add_generation_prompt goes with messages. Leave it out.",
                 param="add_generation_prompt",
             )
-        num_characters = len(self.prompt or "") + sum(map(_length, self.messages or ()))
-        if num_characters > max_text:
+        num_bytes = _size(self.prompt or "") + sum(map(_size_of, self.messages or ()))
+        if num_bytes > max_text:
             raise RequestError(
-                f"the text is too long: {num_characters} characters. "
-                f"Send at most {max_text} at once.",
+                f"the text is too long: {num_bytes} bytes. Send at most {max_text} at once.",
                 param="prompt" if self.messages is None else "messages",
             )
 
@@ -171,7 +170,12 @@ class Errand(Response):
             await response(scope, receive, send)
 
 
-def _length(message: Message) -> int:
+def _size(text: str) -> int:
+    """Bytes of UTF-8: a byte is a token at worst."""
+    return len(text.encode())
+
+
+def _size_of(message: Message) -> int:
     if isinstance(message.content, str):
-        return len(message.content)
-    return sum(len(part.text) for part in message.content if isinstance(part, TextPart))
+        return _size(message.content)
+    return sum(_size(part.text) for part in message.content if isinstance(part, TextPart))
