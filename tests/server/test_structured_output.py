@@ -95,11 +95,6 @@ def test_pieces_of_a_stream_are_the_whole(client: OpenAI) -> None:
     assert keeps_to("".join(pieces), "json")
 
 
-class Animal(BaseModel):
-    size: int
-    kind: str
-
-
 def test_the_clients_parse_helper_gives_the_object(client: OpenAI) -> None:
     class Choice(BaseModel):
         legs: int
@@ -112,6 +107,16 @@ def test_the_clients_parse_helper_gives_the_object(client: OpenAI) -> None:
         max_tokens=64,
     )
     assert isinstance(parsed.choices[0].message.parsed, Choice)
+
+
+def test_a_response_keeps_to_its_format(client: OpenAI) -> None:
+    form: Any = {"type": "json_schema", "name": "animal", "schema": SCHEMA, "strict": True}
+    made = client.responses.create(model="demo", input="What is it?", text={"format": form})
+    assert keeps_to(made.output_text, "json")
+    told: Any = made.text and made.text.format
+    assert told.model_dump(by_alias=True)["schema"] == SCHEMA
+    free = client.responses.create(model="demo", input="What is it?", max_output_tokens=32)
+    assert not keeps_to(free.output_text, "json")
 
 
 def test_the_server_answers_as_the_library_does(server: ServerProcess) -> None:

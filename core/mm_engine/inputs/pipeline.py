@@ -158,6 +158,22 @@ class InputPipeline:
             grammar=grammar,
         )
 
+    def check_ids(self, ids: Sequence[int], param: str = "prompt") -> None:
+        """Refuse ids that no prompt of this model has.
+
+        Raises:
+            RequestError: one is no integer, or out of range.
+        """
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise RequestError(f"{param} token ids must be integers.", param=param)
+            if not 0 <= token < self.vocab_size and token != self._placeholder:
+                raise RequestError(
+                    f"{param} token id is out of range: {token}. "
+                    f"Ids go from 0 to {self.vocab_size - 1}.",
+                    param=param,
+                )
+
     def dummy_request(self) -> Request:
         """The costliest prompt that one step can hold, by the plugin's dummy data.
 
@@ -215,17 +231,6 @@ class InputPipeline:
             ) from error
         return tuple(self.ctx.tokenizer(prompt)["input_ids"])
 
-    def _check_ids(self, ids: tuple[int, ...]) -> None:
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool):
-                raise RequestError("prompt token ids must be integers.", param="prompt")
-            if not 0 <= token < self.vocab_size and token != self._placeholder:
-                raise RequestError(
-                    f"prompt token id is out of range: {token}. "
-                    f"Ids go from 0 to {self.vocab_size - 1}.",
-                    param="prompt",
-                )
-
     def _expand(
         self,
         prompt: str | None,
@@ -235,7 +240,7 @@ class InputPipeline:
     ) -> PreparedPrompt:
         if not ids:
             raise RequestError("the prompt is empty. Send at least one token.", param="prompt")
-        self._check_ids(ids)  # of texts too: a tokenizer may have more ids than the model
+        self.check_ids(ids)  # of texts too: a tokenizer may have more ids than the model
         data: dict[str, tuple[Any, ...]] = {
             modality: tuple(items) for modality, items in given.items() if items
         }

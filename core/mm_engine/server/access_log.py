@@ -42,7 +42,8 @@ class AccessLog:
             await self.app(scope, receive, watched_send)
         finally:
             # A path that isn't ours may hold anything, a key for example.
-            route = scope["path"] if scope["path"] in self._routes else "(unknown route)"
+            unknown = notes.get("route", "(unknown route)")
+            route = scope["path"] if scope["path"] in self._routes else unknown
             status = notes.get("status", status)
             self._metrics.requests.labels(route, status).inc()
             seconds = time.perf_counter() - arrived

@@ -23,8 +23,12 @@ from mm_engine.server.errors import ErrorBoundary, add_error_handlers
 from mm_engine.server.exchange import Exchange
 from mm_engine.server.keys import ApiKey
 from mm_engine.server.limits import BodyLimit
+from mm_engine.server.not_offered import NOT_OFFERED, add_not_offered_routes
 from mm_engine.server.plugin_list import plugin_list
 from mm_engine.server.protocol import ChatRequest, CompletionRequest
+from mm_engine.server.response_api import open_response
+from mm_engine.server.response_objects import ResponseObject
+from mm_engine.server.response_protocol import ResponseRequest
 from mm_engine.server.responses import (
     ChatCompletion,
     Completion,
@@ -37,6 +41,15 @@ from mm_engine.server.responses import (
 )
 from mm_engine.server.service import Service
 from mm_engine.server.settings import ServerSettings
+from mm_engine.server.tokenize import (
+    Detokenized,
+    DetokenizeRequest,
+    Errand,
+    TokenizeRequest,
+    Tokens,
+    detokenize,
+    tokenize,
+)
 
 if TYPE_CHECKING:
     from mm_engine.engine.client import EngineClient
@@ -49,6 +62,10 @@ ROUTES = frozenset(
     {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/responses",
+        "/tokenize",
+        "/detokenize",
+        *NOT_OFFERED,
         "/v1/models",
         "/v1/plugins",
         "/health",
@@ -81,7 +98,9 @@ def create_app(client: EngineClient, pipeline: InputPipeline, settings: ServerSe
     app.state.service = service
     add_error_handlers(app)
     _add_generation_routes(app, service)
+    _add_token_routes(app, service)
     _add_information_routes(app, service)
+    add_not_offered_routes(app)
     _add_body_schemas(app)
     return app
 
@@ -106,6 +125,23 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     async def create_completion() -> Response:
         """Continue one or several prompts."""
         return Exchange(service, open_completion)
+
+    @app.post("/v1/responses", **_described(ResponseRequest, ResponseObject))
+    async def create_response() -> Response:
+        """Answer a conversation, images included. The response isn't stored."""
+        return Exchange(service, open_response)
+
+
+def _add_token_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", **_described(TokenizeRequest, Tokens, streams=False))
+    async def tokenize_prompt() -> Response:
+        """The token ids of a prompt or of a conversation, images included."""
+        return Errand(service, tokenize)
+
+    @app.post("/detokenize", **_described(DetokenizeRequest, Detokenized, streams=False))
+    async def detokenize_ids() -> Response:
+        """The text of token ids."""
+        return Errand(service, detokenize)
 
 
 def _add_information_routes(app: FastAPI, service: Service) -> None:
@@ -183,7 +219,9 @@ async def _stats(service: Service) -> EngineStats | None:
         return None
 
 
-def _described(request: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
+def _described(
+    request: type[BaseModel], response: type[BaseModel], *, streams: bool = True
+) -> dict[str, Any]:
     """How OpenAPI describes a route whose body is read by the route itself."""
     schema = {"$ref": _REFERENCE.format(model=request.__name__)}
     return {
@@ -194,8 +232,8 @@ def _described(request: type[BaseModel], response: type[BaseModel]) -> dict[str,
         "responses": {
             200: {
                 "model": response,
-                "description": "The answer, or a stream of events",
-                "content": {"text/event-stream": {}},
+                "description": "The answer, or a stream of events" if streams else "The answer",
+                "content": {"text/event-stream": {}} if streams else {},
             },
             **{s: {"model": ErrorBody} for s in (400, 401, 404, 408, 413, 429, 500, 503, 504)},
         },
@@ -204,7 +242,13 @@ def _described(request: type[BaseModel], response: type[BaseModel]) -> dict[str,
 
 def _add_body_schemas(app: FastAPI) -> None:
     """Put the schemas that `_described` refers to into the OpenAPI document."""
-    for shape in (ChatRequest, CompletionRequest):
+    for shape in (
+        ChatRequest,
+        CompletionRequest,
+        ResponseRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+    ):
         schema = shape.model_json_schema(ref_template=_REFERENCE)
         schemas = {**schema.pop("$defs", {}), shape.__name__: schema}
         app.openapi()["components"]["schemas"].update(schemas)  # made once, then kept

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mm_engine.inputs.media import ImageSource, load_images
 from mm_engine.outputs import CompletionOutput, RequestOutput
 from mm_engine.request import Request
-from mm_engine.sampling_params import SamplingParams
 from mm_engine.server.exchange import Job, parsed
 from mm_engine.server.logprobs import chat_logprobs
 from mm_engine.server.protocol import ChatRequest, ImagePart, ImageURL, TextPart
@@ -38,6 +37,11 @@ from mm_engine.server.tools import NamedTool
 
 _ROLES = {"developer": "system", "tool": "user"}  # as templates know them
 
+if TYPE_CHECKING:
+    from mm_engine.inputs.pipeline import PreparedPrompt
+
+T = TypeVar("T")
+
 
 async def open_chat(service: Service, body: bytes, slots: Slots) -> Job:
     """Validate a body and make it a request for the engine.
@@ -52,30 +56,39 @@ async def open_chat(service: Service, body: bytes, slots: Slots) -> Job:
     params = asked.sampling_params()
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     grammar = await service.compile_grammar(asked)
-    request = await service.in_thread(lambda: _prepare(service, asked, params, request_id, grammar))
+    request = await with_prepared(
+        service,
+        asked,
+        lambda prepared: service.pipeline.request(
+            prepared, params, request_id, priority=asked.priority or 0, grammar=grammar
+        ),
+    )
     reply = ChatReply(service.model_name, request, asked)
     return Job([request], reply, bool(asked.stream), asked.timeout)
 
 
-def _prepare(
-    service: Service,
-    asked: ChatRequest,
-    params: SamplingParams,
-    request_id: str,
-    grammar: bytes | None,
-) -> Request:
+async def with_prepared(
+    service: Service, asked: ChatRequest, work: Callable[[PreparedPrompt], T]
+) -> T:
+    """Render a conversation, and do blocking work on it. All routes with messages come this way.
+
+    Raises:
+        RequestError: the messages or one of their images are at fault.
+        PluginError: a hook is.
+    """
+    return await service.in_thread(lambda: work(_prepare(service, asked)))
+
+
+def _prepare(service: Service, asked: ChatRequest) -> PreparedPrompt:
     images = load_images(_sources(asked), service.media_limits)
     messages = _conversation(asked, iter(images))
     use = asked.tool_use
     if use is not None:
         messages = with_instructions(messages, use)
-    prepared = service.pipeline.prepare_chat(
+    return service.pipeline.prepare_chat(
         messages,
         add_generation_prompt=asked.add_generation_prompt is not False,
         cache_salt=service.cache_salt(asked.cache_salt),
-    )
-    return service.pipeline.request(
-        prepared, params, request_id, priority=asked.priority or 0, grammar=grammar
     )
 
 

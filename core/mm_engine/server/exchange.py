@@ -52,6 +52,17 @@ class Reply(Protocol):
         """The body of an answer that isn't streamed; one output for each prompt."""
 
 
+class NamedEvent(BaseModel):
+    """An event of a stream whose lines carry its type, too: `event: <type>`."""
+
+    type: str
+
+
+def done_or_error(error: dict[str, Any] | None) -> str:
+    """How a stream ends: with OpenAI's mark, or with the body of the error that cut it off."""
+    return "data: [DONE]\n\n" if error is None else f"data: {json.dumps(error)}\n\n"
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """What an endpoint made of a body: requests for the engine, one for each prompt."""
@@ -60,6 +71,8 @@ class Job:
     reply: Reply
     stream: bool
     timeout: float | None = None  # seconds from the request's arrival, as its body asks
+    #: The last lines of a stream, behind all of the reply's events; given an error, they tell it.
+    ending: Callable[[dict[str, Any] | None], str] = done_or_error
 
 
 Endpoint = Callable[[Service, bytes, Slots], Awaitable[Job]]
@@ -129,7 +142,7 @@ class Exchange(Response):
             with self._service.answering(answer), deadline.ending(answer):
                 async with answer:
                     if job.stream:
-                        await _stream(answer, job.reply, tally, send, notes)
+                        await _stream(answer, job, tally, send, notes)
                     else:
                         await _whole(answer, job, tally, send)
         except Exception as error:
@@ -151,8 +164,9 @@ async def _whole(answer: Answer, job: Job, tally: Tally, send: Send) -> None:
 
 
 async def _stream(
-    answer: Answer, reply: Reply, tally: Tally, send: Send, notes: dict[str, Any]
+    answer: Answer, job: Job, tally: Tally, send: Send, notes: dict[str, Any]
 ) -> None:
+    reply = job.reply
     news = await anext(answer)  # or the error that decides the status
     tally.add(news)
     await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
@@ -163,19 +177,18 @@ async def _stream(
             tally.add(news)
             await _emit(send, reply.events(news.prompt, news.output))
         await _emit(send, reply.closing(tally))
-        last = b"data: [DONE]\n\n"
+        last = job.ending(None)
     except Exception as error:  # the status is out: the stream has to say it
         status, body = body_of(error)
         notes["failed"] = status
         tally.fail(error)
-        last = b"data: " + json.dumps(body).encode("ascii") + b"\n\n"
-    await send({"type": "http.response.body", "body": last})
+        last = job.ending(body)
+    await send({"type": "http.response.body", "body": last.encode()})
 
 
 async def _emit(send: Send, events: Iterable[BaseModel]) -> None:
-    lines = [f"data: {event.model_dump_json(exclude_unset=True)}\n\n" for event in events]
-    if lines:
-        body = "".join(lines).encode()
+    body = "".join(map(event_lines, events)).encode()
+    if body:
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
@@ -194,6 +207,12 @@ def _impatient(send: Send, timeout: float) -> Send:
             raise _Stalled from None
 
     return send_in_time
+
+
+def event_lines(event: BaseModel) -> str:
+    """An event as server-sent events write it."""
+    name = f"event: {event.type}\n" if isinstance(event, NamedEvent) else ""
+    return f"{name}data: {event.model_dump_json(exclude_unset=True)}\n\n"
 
 
 async def read_body(receive: Receive, timeout: float) -> bytes | None:

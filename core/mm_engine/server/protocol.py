@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError, from_json
 from mm_engine.errors import RequestError
 from mm_engine.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutputsParams
 from mm_engine.server.errors import request_error_of
-from mm_engine.server.shape import Shape
+from mm_engine.server.shape import NotOffered, Shape
 from mm_engine.server.structure import StructureFields
 from mm_engine.server.tools import ToolCall, ToolChoice, Tools, ToolUse
 
@@ -35,9 +35,6 @@ Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIdString = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-
-#: Fields that aren't offered, each with the values that ask for nothing.
-NotOffered = dict[str, tuple[object, ...]]
 
 
 class ImageURL(Shape):
@@ -306,7 +303,7 @@ class CompletionRequest(GenerationRequest):
         return self._sampling_params(max_tokens=max_tokens, logprobs=self.logprobs)
 
 
-RequestT = TypeVar("RequestT", bound=GenerationRequest)
+RequestT = TypeVar("RequestT", bound=Shape)
 
 
 def parse(shape: type[RequestT], body: bytes) -> RequestT:
