@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mm_engine.inputs.media import ImageSource, load_images
+from PIL import Image
+
+from mm_engine.inputs.media import ImageSource
 from mm_engine.outputs import RequestOutput
 from mm_engine.request import Request
 from mm_engine.sampling_params import SamplingParams
@@ -31,6 +33,7 @@ async def open_chat(service: Service, body: bytes, slots: Slots) -> Job:
 
     Raises:
         RequestError: it, one of its images or its length is at fault.
+        Overloaded: too many images are being fetched.
         PluginError: a hook is.
     """
     asked = await parsed(service, ChatRequest, body)
@@ -38,14 +41,20 @@ async def open_chat(service: Service, body: bytes, slots: Slots) -> Job:
     service.check_priority(asked.priority)
     params = asked.sampling_params()
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    request = await service.in_thread(lambda: _prepare(service, asked, params, request_id))
+    request = await service.with_images(
+        _sources(asked), lambda images: _prepare(service, asked, params, request_id, images)
+    )
     return Job([request], ChatReply(service.model_name, request, asked), bool(asked.stream))
 
 
 def _prepare(
-    service: Service, asked: ChatRequest, params: SamplingParams, request_id: str
+    service: Service,
+    asked: ChatRequest,
+    params: SamplingParams,
+    request_id: str,
+    decoded: Sequence[Image.Image],
 ) -> Request:
-    images = iter(load_images(_sources(asked), service.media_limits))
+    images = iter(decoded)
     messages: list[dict[str, Any]] = []
     for message in asked.messages:
         content: str | list[dict[str, Any]] = []
