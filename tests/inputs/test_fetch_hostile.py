@@ -81,17 +81,13 @@ def test_a_redirect_to_a_name_of_this_machine_is_not_followed(origin: Origin) ->
     """Rows 7 and 8: the second host is allowed, and its address is not public."""
     origin.answers["/"] = redirect(f"http://other.test:{origin.port}/picture.png")
     with Origin(address="127.0.0.2", port=origin.port) as target:
-        for taken, num_hits in ((("127.0.0.1",), 0), (("127.0.0.1", "127.0.0.2"), 1)):
-            try:
-                fetch(
-                    origin,
-                    f"http://pictures.test:{origin.port}/",
-                    resolve=Names(["127.0.0.1"], ["127.0.0.2"]),
-                    may_dial=taken.__contains__,
-                )
-            except RequestError as error:
-                assert "an address that isn't public" in str(error)
-            assert target.num_hits == num_hits
+        url = f"http://pictures.test:{origin.port}/"
+        names = Names(["127.0.0.1"], ["127.0.0.2"])
+        with pytest.raises(RequestError, match="an address that isn't public"):
+            fetch(origin, url, resolve=names, may_dial=lambda address: address == "127.0.0.1")
+        assert target.num_hits == 0
+        fetch(origin, url, resolve=Names(["127.0.0.1"], ["127.0.0.2"]))
+        assert target.num_hits == 1
 
 
 def test_https_is_not_left_for_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +131,8 @@ CHUNK = b"10000\r\n" + b"x" * 65536 + b"\r\n"
         drip(OK + b"\r\n", 0, b"x" * 65536),
         drip(CHUNKED, 0, CHUNK),
         drip(OK + b"Content-Length: 99999999999\r\n\r\n", 0, b"x" * 65536),
-        drip(OK + b"Content-Length: 999999999999999999999\r\n\r\n", 0, b"x" * 65536),
     ],
-    ids=["until the end", "chunked", "announced", "announced beyond 64 bits"],
+    ids=["until the end", "chunked", "announced"],
 )
 def test_a_body_without_end_is_cut_off_by_bytes(origin: Origin, answer: Answer) -> None:
     """Row 9."""
@@ -203,9 +198,7 @@ def test_time_for_the_name_is_counted(origin: Origin) -> None:
 
     for limits in (SHORT, FetchLimits(connect_timeout=0.5)):
         with pytest.raises(RequestError, match="took too long to arrive"):
-            fetch(
-                origin, f"http://pictures.test:{origin.port}/", resolve=never, limits=limits
-            )
+            fetch(origin, f"http://pictures.test:{origin.port}/", resolve=never, limits=limits)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "identity, gzip", "x"])
@@ -227,8 +220,9 @@ def test_a_compressed_body_is_refused_unread(origin: Origin, encoding: str) -> N
         (status(500), "a status other than 200"),
         (status(206), "a status other than 200"),
         (drip(b"nonsense\r\n\r\n", 0.05), "broke off"),
-        (drip(b"SSH-2.0-secret\r\n", 0.05), "broke off"),
+        (drip(b"SSH-2.0-secret\r\n\r\n", 0.05), "broke off"),
         (drip(OK + b"A: b\r\n" * 100_000, 0.05), "broke off"),
+        (drip(OK + b"Content-Length: 999999999999999999999\r\n\r\n", 0.05), "broke off"),
         (drip(OK + b"Content-Length: -1\r\n\r\n", 0.05), "broke off"),
         (drip(OK + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n", 0.05), "broke off"),
         (drip(OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 0.05), "broke off"),
@@ -238,7 +232,7 @@ def test_a_compressed_body_is_refused_unread(origin: Origin, encoding: str) -> N
     ],
 )
 def test_what_is_no_whole_answer_is_refused(origin: Origin, answer: Answer, fact: str) -> None:
-    origin.answers["/secret"] = answer
+    origin.answers["/secret?secret"] = answer
     url = f"http://pictures.test:{origin.port}/secret?secret#secret"
     with pytest.raises(RequestError, match=fact) as raised:
         fetch(origin, url)

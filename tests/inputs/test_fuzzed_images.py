@@ -13,8 +13,10 @@ import resource
 import signal
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -30,6 +32,7 @@ LIMITS = MediaLimits(max_pixels=1_000_000)
 MAX_SECONDS = 10  # for one file; the machine may be busy
 MAX_GROWTH = 64 * 2**20  # bytes: several pictures of so many pixels
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+PNG_START = b"\x89PNG\r\n\x1a\n"
 #: What fields of lengths, sizes and counts are most often not prepared for.
 EXTREMES = (b"\0", b"\1", b"\x7f", b"\x80", b"\xff", b"\0\0", b"\xff\xff", b"\x7f\xff\xff\xff")
 
@@ -37,38 +40,39 @@ EXTREMES = (b"\0", b"\1", b"\x7f", b"\x80", b"\xff", b"\0\0", b"\xff\xff", b"\x7
 def whole_files(kind: str) -> list[bytes]:
     """Small valid files that together use much of a format."""
     image, other = quarters(), quarters(20, 30)
+    grey, clear, indexed = image.convert("L"), image.convert("RGBA"), image.quantize(8)
     animated = {"save_all": True, "append_images": [other.resize(image.size), image]}
     turned = Image.Exif()
     turned[0x0112] = 6
-    files = {
+    saved: dict[str, list[tuple[Image.Image, dict[str, Any]]]] = {
         "PNG": [
-            encode(image, exif=turned),
-            encode(image.convert("RGBA")),
-            encode(image.convert("LA")),
-            encode(image.quantize(8), transparency=1),
-            encode(image.convert("1")),
-            encode(image.convert("L").convert("I;16")),
-            encode(image, **animated),
+            (image, {"exif": turned}),
+            (clear, {}),
+            (image.convert("LA"), {}),
+            (indexed, {"transparency": 1}),
+            (image.convert("1"), {}),
+            (grey.convert("I;16"), {}),
+            (image, animated),
         ],
         "JPEG": [
-            encode(image, kind, exif=turned),
-            encode(image.convert("CMYK"), kind, progressive=True),
-            encode(image.convert("L"), kind, optimize=True),
-            encode(other, kind, quality=95, subsampling=0, restart_marker_blocks=1),
+            (image, {"exif": turned}),
+            (image.convert("CMYK"), {"progressive": True}),
+            (grey, {"optimize": True}),
+            (other, {"quality": 95, "subsampling": 0, "restart_marker_blocks": 1}),
         ],
         "WEBP": [
-            encode(image, kind, exif=turned),
-            encode(image.convert("RGBA"), kind),
-            encode(image.convert("RGBA"), kind, lossless=True),
-            encode(image, kind, **animated),
+            (image, {"exif": turned}),
+            (clear, {}),
+            (clear, {"lossless": True}),
+            (image, animated),
         ],
         "GIF": [
-            encode(image, kind),
-            encode(image.quantize(8), kind, transparency=1, interlace=1, comment=b"comment"),
-            encode(image, kind, **animated),
+            (image, {}),
+            (indexed, {"transparency": 1, "interlace": 1, "comment": b"comment"}),
+            (image, animated),
         ],
     }
-    return files[kind]
+    return [encode(drawn, kind, **options) for drawn, options in saved[kind]]
 
 
 def damaged(encoded: bytes, rng: random.Random) -> bytes:
@@ -95,6 +99,20 @@ def damaged(encoded: bytes, rng: random.Random) -> bytes:
                 data[at:at] = data[start : start + length]
             case 6 if rng.random() < 0.3:
                 del data[rng.randrange(len(data) + 1) :]
+    return resealed(bytes(data)) if rng.random() < 0.5 else bytes(data)
+
+
+def resealed(encoded: bytes) -> bytes:
+    """A PNG with the checksums that its chunks should have, so that more is read; others as is."""
+    if not encoded.startswith(PNG_START):
+        return encoded
+    data, at = bytearray(encoded), len(PNG_START)
+    while at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4])
+        if end + 4 > len(data):
+            break
+        data[end : end + 4] = zlib.crc32(data[at + 4 : end]).to_bytes(4)
+        at = end + 4
     return bytes(data)
 
 

@@ -264,7 +264,8 @@ def test_a_client_that_leaves_ends_the_fetch_of_its_images(
     host, port = fetching.url.removeprefix("http://").split(":")
     url = f"http://localhost:{origin.port}/silent.png"
     body = json.dumps({**ROUTES[route](url), "stream": stream}).encode()
-    before, num_gone, num_asked = fetched(fetching, "cancelled"), origin.num_gone, len(origin.requests)
+    before, num_gone = fetched(fetching, "cancelled"), origin.num_gone
+    num_asked = len(origin.requests)
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)

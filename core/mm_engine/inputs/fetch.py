@@ -42,7 +42,8 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _INSTEAD = "or send the image as a data URL: data:image/png;base64,…"
 #: What the caller is told. Never which URL, name or address: they may hold secrets, or tell some.
 _SENTENCES: dict[Outcome, str] = {
-    "url": f"the image's URL is malformed, too long, or holds a user's name. Correct it, {_INSTEAD}",
+    "url": "the image's URL is malformed, too long, or holds a user's name. "
+    f"Correct it, {_INSTEAD}",
     "host": "the image's URL leads to a host or port that this server doesn't fetch from "
     f"(--allowed-media-domains). Use one that it does, {_INSTEAD}",
     "address": f"the image's host has an address that isn't public. Use another host, {_INSTEAD}",
@@ -51,7 +52,8 @@ _SENTENCES: dict[Outcome, str] = {
     f"Try again, {_INSTEAD}",
     "redirect": "the image's URL redirects too often, or to where this server doesn't fetch from. "
     f"Use the URL where the image is, {_INSTEAD}",
-    "status": f"the image's host answered with a status other than 200. Correct the URL, {_INSTEAD}",
+    "status": "the image's host answered with a status other than 200. "
+    f"Correct the URL, {_INSTEAD}",
     "encoding": f"the image's host sent it compressed. Use another host, {_INSTEAD}",
     "timeout": f"the image took too long to arrive. Use a faster host, {_INSTEAD}",
 }
@@ -298,8 +300,8 @@ class Fetcher:
             raise _Failed("status")
         if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
             raise _Failed("encoding")
-        announced = response.headers.get("content-length", "")  # h11 lets pass only numbers
-        if len(announced) > 18 or int(announced or 0) > self._media.max_bytes:
+        announced = response.headers.get("content-length", "")  # h11 takes numbers only
+        if int(announced or 0) > self._media.max_bytes:
             raise too_long(self._media, param)
         body = bytearray()
         async for chunk in response.aiter_raw():
