@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -247,6 +248,19 @@ def test_giving_up_closes_the_connection_and_gives_back_the_turn(origin: Origin)
 
     asyncio.run(run())
     assert sorted(ended) == ["cancelled", "cancelled", "ok"]
+
+
+def test_an_image_that_fails_ends_the_fetches_of_the_others(origin: Origin) -> None:
+    origin.answers["/slow"] = drip(b"", 0.02, b"")
+    origin.answers["/late"] = slow(send(b"", 404), 0.2)
+    ended: list[str] = []
+    urls = [f"http://pictures.test:{origin.port}/{path}" for path in ("slow", "late", "slow")]
+    began = time.perf_counter()
+    with pytest.raises(RequestError, match="a status other than 200") as raised:
+        fetch(origin, *urls, on_end=lambda outcome, seconds: ended.append(outcome))
+    assert time.perf_counter() - began < 5
+    assert raised.value.param == "1"
+    assert ended == ["status", "cancelled", "cancelled"]
 
 
 def test_nothing_is_fetched_of_requests_without_such_urls(origin: Origin) -> None:
