@@ -6,6 +6,7 @@ import contextlib
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,9 +15,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
+
 from pictures import encode, quarters
 
 PICTURE = encode(quarters())
+#: For tests that listen at several addresses of this machine.
+several_addresses = pytest.mark.skipif(
+    sys.platform != "linux", reason="other systems have one loopback address"
+)
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 

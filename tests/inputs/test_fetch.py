@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from fetching import Names, fetch, sources
-from mm_engine.errors import Overloaded, RequestError
-from mm_engine.inputs.fetch import Fetcher, FetchLimits
+from mm_engine.cli.options import check_media
+from mm_engine.errors import Overloaded, RequestError, StartupError
+from mm_engine.inputs.fetch import Fetcher, FetchLimits, authorities
 from mm_engine.inputs.media import MediaLimits, load_images
 from mm_engine.inputs.remote_urls import parse_allowed_hosts
-from origins import PICTURE, Origin, certificate, drip, send, slow
+from origins import PICTURE, Origin, certificate, drip, send, several_addresses, slow
 from pictures import data_url, encode, quarters
 
 
@@ -35,6 +36,24 @@ def test_a_picture_arrives_as_it_was_sent(origin: Origin) -> None:
     assert load_images([source], MediaLimits())[0].size == (24, 16)
     ((outcome, seconds),) = ended
     assert outcome == "ok" and 0 < seconds < 15
+
+
+def test_defaults_are_those_of_the_documentation() -> None:
+    assert FetchLimits() == FetchLimits(
+        connect_timeout=5, timeout=15, max_redirects=5, max_fetches=16
+    )
+
+
+def test_authorities_that_cannot_be_read_are_told_at_startup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authorities()
+    for name in ("missing", "empty"):
+        (tmp_path / "empty").write_text("")
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / name))
+        with pytest.raises(StartupError, match="^authorities for https can't be read: .*SSL_CERT"):
+            check_media(["example.com"], None)
+        check_media(None, None)
 
 
 def test_what_is_asked_for_says_little(origin: Origin, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +95,7 @@ def test_images_are_fetched_at_the_same_time_and_stay_in_order(origin: Origin) -
     assert [image.width for image in images] == [2, 8, 4, 6]
 
 
+@several_addresses
 def test_a_name_is_resolved_once_and_that_address_is_dialled(origin: Origin) -> None:
     """Row 7: whoever answers for the name may say something else the second time."""
     names = Names(["127.0.0.2"], ["127.0.0.1"])
@@ -89,6 +109,7 @@ def test_a_name_is_resolved_once_and_that_address_is_dialled(origin: Origin) -> 
         assert (first.num_hits, origin.num_hits) == (1, 0)
 
 
+@several_addresses
 def test_an_address_that_cannot_be_reached_is_followed_by_the_next(origin: Origin) -> None:
     names = Names(["127.0.0.3", "127.0.0.4", "127.0.0.1"])
     url = f"http://pictures.test:{origin.port}/picture.png"

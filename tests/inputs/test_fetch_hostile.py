@@ -14,7 +14,17 @@ from fetching import Names, fetch
 from mm_engine.errors import RequestError
 from mm_engine.inputs.fetch import FetchLimits
 from mm_engine.inputs.media import MediaLimits
-from origins import PICTURE, Answer, Origin, certificate, drip, redirect, send, status
+from origins import (
+    PICTURE,
+    Answer,
+    Origin,
+    certificate,
+    drip,
+    redirect,
+    send,
+    several_addresses,
+    status,
+)
 
 SHORT = FetchLimits(timeout=1.0)
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -77,6 +87,7 @@ def test_a_redirect_to_what_is_not_allowed_is_not_followed(
     assert (origin.num_hits, target.num_hits) == (1, 0)
 
 
+@several_addresses
 def test_a_redirect_to_a_name_of_this_machine_is_not_followed(origin: Origin) -> None:
     """Rows 7 and 8: the second host is allowed, and its address is not public."""
     origin.answers["/"] = redirect(f"http://other.test:{origin.port}/picture.png")

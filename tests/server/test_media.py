@@ -43,6 +43,7 @@ def origin() -> Iterator[Origin]:
         "/silent.png": drip(b"", 0.02, b""),
         "/not.png": send(b"<html>secret</html>"),
         "/long.png": send(b"x" * (10 * 2**20 + 1)),
+        "/endless.png": drip(b"HTTP/1.1 200 OK\r\n\r\n", 0, b"x" * 65536),
     }
     with Origin(answers) as started:
         yield started
@@ -248,8 +249,9 @@ def test_what_is_fetched_is_held_to_the_limits_of_images(
 ) -> None:
     """Row 9."""
     base = f"http://localhost:{origin.port}"
-    status, message = ask(fetching, f"{base}/long.png", route)
-    assert (status, message[:32]) == (400, "the image is over 10485760 bytes")
+    for path in ("long.png", "endless.png"):
+        status, message = ask(fetching, f"{base}/{path}", route)
+        assert (status, message[:32]) == (400, "the image is over 10485760 bytes")
     status, message = ask(fetching, f"{base}/not.png", route)
     assert (status, message[:33]) == (400, "the data is not a PNG, JPEG, WebP")
     assert "secret" not in fetching.output

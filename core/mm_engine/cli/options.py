@@ -334,12 +334,14 @@ def check_media(domains: list[str] | None, folder: str | None) -> None:
     """Refuse `--allowed-media-domains` and `--allowed-local-media-path` before a model is loaded.
 
     Raises:
-        StartupError: one can't be read, or there is no such folder.
+        StartupError: one can't be read, there is no such folder, or https can't be checked.
     """
     if domains:
+        from mm_engine.inputs.fetch import authorities
         from mm_engine.inputs.remote_urls import parse_allowed_hosts
 
         parse_allowed_hosts(domains)
+        authorities()
     if folder is not None:
         from mm_engine.inputs.local_files import MediaFolder
 

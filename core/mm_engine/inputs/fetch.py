@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from mm_engine.errors import Overloaded, RequestError
+from mm_engine.errors import Overloaded, RequestError, StartupError
 from mm_engine.inputs.addresses import is_public
 from mm_engine.inputs.media import ByteBudget, ImageSource, MediaLimits, scheme_of, too_long
 from mm_engine.inputs.remote_urls import AllowedHost, BadURL, Target, parse_url
@@ -85,6 +85,23 @@ async def resolve(host: str, port: int) -> list[str]:
     return [str(address[0]) for *_, address in found]
 
 
+def authorities() -> ssl.SSLContext:
+    """Whose certificates are believed: those that httpx comes with, or those of SSL_CERT_FILE.
+
+    Raises:
+        StartupError: they can't be read.
+    """
+    import httpx  # here: it is slow to import, and needed only where images are fetched
+
+    try:
+        return httpx.create_ssl_context()
+    except OSError as error:  # ssl's own among them
+        raise StartupError(
+            f"authorities for https can't be read: {error.strerror or type(error).__name__}. "
+            "Correct SSL_CERT_FILE and SSL_CERT_DIR, or unset them."
+        ) from error
+
+
 class Fetcher:
     """Fetches pictures from the hosts that are allowed. For one event loop.
 
@@ -142,13 +159,8 @@ class Fetcher:
     async def _prepare(self) -> None:
         """What takes long the first time, and is in nobody's way in a thread."""
 
-        def prepare() -> ssl.SSLContext:
-            import httpx
-
-            return httpx.create_ssl_context()  # its own authorities, or those of SSL_CERT_FILE
-
         if self._tls is None:
-            self._tls = await asyncio.to_thread(prepare)
+            self._tls = await asyncio.to_thread(authorities)
 
     def _target(self, source: ImageSource) -> Target:
         """Where the URL leads; refused before any of the request's images is fetched."""
