@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from fetching import Names, fetch
 from mm_engine.errors import RequestError
 from mm_engine.inputs.fetch import FetchLimits
+from mm_engine.inputs.host_names import resolve
 from mm_engine.inputs.media import MediaLimits
 from origins import (
     PICTURE,
@@ -214,6 +217,37 @@ def test_time_for_the_name_is_counted(origin: Origin) -> None:
         assert time.perf_counter() - began < 5
 
 
+SILENT_NAME_SERVER = """
+import asyncio, socket, time
+from mm_engine.inputs.host_names import resolve
+
+looking_up = []
+socket.getaddrinfo = lambda *args, **options: looking_up.append(args) or time.sleep(60)
+
+async def main():
+    many = [asyncio.wait_for(resolve("a.test", 80), 0.5) for _ in range(40)]
+    print(set(map(type, await asyncio.gather(*many, return_exceptions=True))), len(looking_up))
+
+asyncio.run(main())
+"""
+
+
+def test_a_silent_name_server_holds_up_neither_others_nor_the_end() -> None:
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", SILENT_NAME_SERVER], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "{<class 'TimeoutError'>} 40\n"
+    assert done.stderr == ""
+    assert time.perf_counter() - began < 30
+
+
+def test_the_system_resolves_names_and_says_which_it_does_not_know() -> None:
+    assert asyncio.run(resolve("127.0.0.1", 80)) == ["127.0.0.1"]
+    with pytest.raises(UnicodeError):
+        asyncio.run(resolve("a..b", 80))
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "identity, gzip", "x"])
 def test_a_compressed_body_is_refused_unread(origin: Origin, encoding: str) -> None:
     """Row 9: a gzip bomb; the same bytes without the header are counted as they are."""
@@ -276,7 +310,7 @@ def test_a_name_without_address_is_refused(origin: Origin, error: Exception) -> 
     async def none(host: str, port: int) -> list[str]:
         return []
 
-    for resolve in (fail, none):
+    for names in (fail, none):
         with pytest.raises(RequestError, match="the image's host has no address") as raised:
-            fetch(origin, f"http://pictures.test:{origin.port}/", resolve=resolve)
+            fetch(origin, f"http://pictures.test:{origin.port}/", resolve=names)
         assert "secret" not in str(raised.value)

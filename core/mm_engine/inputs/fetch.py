@@ -14,15 +14,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from mm_engine.errors import Overloaded, RequestError, StartupError
 from mm_engine.inputs.addresses import is_public
+from mm_engine.inputs.host_names import Resolve, resolve
 from mm_engine.inputs.media import ByteBudget, ImageSource, MediaLimits, scheme_of, too_long
 from mm_engine.inputs.remote_urls import AllowedHost, BadURL, Target, parse_url
 
@@ -34,8 +34,6 @@ Outcome = Literal[
     "size", "timeout", "busy", "cancelled", "error",
 ]  # fmt: skip
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-#: Addresses of a host, each as text; `port` is for resolvers that want one.
-Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 MAX_ADDRESSES = 3  # of a host that are tried
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -73,16 +71,6 @@ class _Failed(Exception):
     def __init__(self, outcome: Outcome) -> None:
         super().__init__(outcome)
         self.outcome: Outcome = outcome
-
-
-async def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a host as the system knows them, the best first.
-
-    Raises:
-        OSError: there are none.
-    """
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(address[0]) for *_, address in found]
 
 
 def authorities() -> ssl.SSLContext:
