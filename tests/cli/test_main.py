@@ -59,6 +59,9 @@ def test_version_names_the_plugins() -> None:
     [
         (["serve", "--kv-cache-memory", "lots"], "--kv-cache-memory is no size: lots"),
         (["serve", "--limit-mm-per-prompt", "4"], "--limit-mm-per-prompt can't be read: 4"),
+        (["serve", "--allowed-media-domains", "a.com,*.com"], "names too much: *.com"),
+        (["serve", "--allowed-media-domains", "http://a.com"], "can't be read: http://a.com"),
+        (["serve", "--allowed-local-media-path", "/no/such"], "is no folder: /no/such"),
         (["serve", "--speculative-config", "ngram"], "can't be read: 'ngram'"),
         (["bench", "latency", "--speculative-config", "[5]"], "can't be read: [5]"),
         (["serve", "--speculative-config", '{"method": "eagle"}'], "isn't known: 'eagle'"),

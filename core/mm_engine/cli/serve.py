@@ -117,9 +117,11 @@ def serve(
         typer.Option(
             metavar="image=N|JSON",
             help='Most images in one request: image=4, or {"image": 4}. Default: 8.',
-            rich_help_panel=SERVER_PANEL,
+            rich_help_panel=options.IMAGES_PANEL,
         ),
     ] = None,
+    allowed_media_domains: options.AllowedMediaDomains = None,
+    allowed_local_media_path: options.AllowedLocalMediaPath = None,
     max_queued_requests: Annotated[
         int,
         typer.Option(
@@ -257,6 +259,7 @@ def serve(
     from mm_engine.server.settings import ServerSettings
 
     configure_logging(log_level)
+    options.check_media(allowed_media_domains, allowed_local_media_path)
     name, _ = choose_model(model)  # the banner names the other demos
     fields = options.engine_options(
         dtype=dtype,
@@ -302,6 +305,8 @@ def serve(
         allowed_origins=tuple(allowed_origins or ()),
         max_requests_per_key=max_requests_per_key,
         max_requests_per_minute=max_requests_per_minute,
+        allowed_media_domains=tuple(allowed_media_domains or ()),
+        allowed_local_media_path=allowed_local_media_path,
         chat_template=chat_template,
         max_queued_requests=max_queued_requests,
         max_queued_tokens=max_queued_tokens,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mm_engine.inputs.media import ImageSource, load_images
+from PIL import Image
+
+from mm_engine.inputs.media import ImageSource
 from mm_engine.outputs import CompletionOutput, RequestOutput
 from mm_engine.request import Request
 from mm_engine.server.exchange import Job, parsed
@@ -48,6 +50,7 @@ async def open_chat(service: Service, body: bytes, slots: Slots) -> Job:
 
     Raises:
         RequestError: it, one of its images or its length is at fault.
+        Overloaded: too many images are being fetched.
         PluginError: a hook is.
     """
     asked = await parsed(service, ChatRequest, body)
@@ -76,11 +79,12 @@ async def with_prepared(
         RequestError: the messages or one of their images are at fault.
         PluginError: a hook is.
     """
-    return await service.in_thread(lambda: work(_prepare(service, asked)))
+    return await service.with_images(
+        _sources(asked), lambda images: work(_prepare(service, asked, images))
+    )
 
 
-def _prepare(service: Service, asked: ChatRequest) -> PreparedPrompt:
-    images = load_images(_sources(asked), service.media_limits)
+def _prepare(service: Service, asked: ChatRequest, images: Sequence[Image.Image]) -> PreparedPrompt:
     messages = _conversation(asked, iter(images))
     use = asked.tool_use
     if use is not None:

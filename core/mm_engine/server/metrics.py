@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from mm_engine.contract import contract_version
+from mm_engine.inputs.fetch import OUTCOMES, Outcome
 from mm_engine.plugins.record import PluginRecord
 
 if TYPE_CHECKING:
@@ -194,6 +195,23 @@ class Metrics:
         )
         for reason in REASONS:
             self.ended.labels(reason)  # shown from the start, as 0
+        self._fetches = Counter(
+            "mm_engine_media_fetches",
+            f"Images fetched from other hosts, by how that ended: {', '.join(OUTCOMES)}",
+            ["outcome"],
+            registry=self.registry,
+        )
+        for outcome in OUTCOMES:
+            self._fetches.labels(outcome)
+        self._fetch_seconds = self._histogram(
+            "media_fetch_seconds", "From the start of an image's fetch to its end, however it ended"
+        )
+
+    def fetch_ended(self, outcome: Outcome, seconds: float | None) -> None:
+        """Count an image that was fetched, or that couldn't be; None if it never began."""
+        self._fetches.labels(outcome).inc()
+        if seconds is not None:
+            self._fetch_seconds.observe(seconds)
 
     def text(self, stats: EngineStats | None, *, alive: bool) -> bytes:
         """All metrics in Prometheus' text format.

@@ -38,7 +38,10 @@ TokenIdString = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 class ImageURL(Shape):
-    """Where an image is: a data URL. `detail` is OpenAI's hint; images are always seen in full."""
+    """Where an image is: a data URL, or an http, https or file URL where the server takes those.
+
+    `detail` is OpenAI's hint; images are always seen in full.
+    """
 
     url: str
     detail: str | None = None

@@ -7,13 +7,20 @@ import hashlib
 import hmac
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 from anyio import to_thread
+from PIL import Image
 
 from mm_engine.errors import EngineDead, Overloaded, RequestError
+from mm_engine.inputs.addresses import is_public
+from mm_engine.inputs.fetch import Fetcher
 from mm_engine.inputs.grammar_compiler import MAX_WAITING, GrammarCompiler
+from mm_engine.inputs.local_files import MediaFolder
+from mm_engine.inputs.media import ImageSource, MediaLimits, check_count, load_images
+from mm_engine.inputs.remote_urls import parse_allowed_hosts
 from mm_engine.request import Request
 from mm_engine.server.answer import Answer
 from mm_engine.server.keys import KeyLimits, current_key
@@ -108,6 +115,9 @@ class Service:
         self.restarting = False  # the engine has died, and another is being started
         max_images = pipeline.ctx.limits.get("image", 0)
         self.media_limits = dataclasses.replace(settings.media, max_images=max_images)
+        self._fetcher = _fetcher(settings, self.media_limits, self.metrics)
+        path = settings.allowed_local_media_path
+        self._media_folder = None if path is None else MediaFolder(path)
         self._expired = False
         self._keys = KeyLimits(settings.max_requests_per_key, settings.max_requests_per_minute)
         self._answers: set[Answer] = set()
@@ -224,6 +234,25 @@ class Service:
         """End what was started for requests."""
         await to_thread.run_sync(self._grammars.close)
 
+    async def with_images(
+        self, sources: Sequence[ImageSource], work: Callable[[list[Image.Image]], T]
+    ) -> T:
+        """Run blocking input work on a request's images; the one way for images into the server.
+
+        They are fetched first, as far as that is allowed, then decoded in the thread that does the
+        work: so decoded images exist only for as many requests as are worked on.
+
+        Raises:
+            RequestError: an image is refused; which limits there are is `MediaLimits`' to say.
+            Overloaded: too many images are being fetched.
+        """
+        check_count(len(sources), self.media_limits)
+        if self._fetcher is not None:
+            sources = await self._fetcher.fetch_all(sources)
+        return await self.in_thread(
+            lambda: work(load_images(sources, self.media_limits, self._media_folder))
+        )
+
     @contextmanager
     def answering(self, answer: Answer) -> Iterator[None]:
         """Let an answer be ended by the drain's deadline while it is used.
@@ -255,3 +284,16 @@ class Service:
         return Overloaded(
             "the server is shutting down. Send the request again later.", status=503, retry_after=5
         )
+
+
+def _fetcher(settings: ServerSettings, limits: MediaLimits, metrics: Metrics) -> Fetcher | None:
+    """What fetches images, if there are hosts from which that is allowed."""
+    allowed = parse_allowed_hosts(settings.allowed_media_domains)
+    networks = [ip_network(network) for network in settings.private_media_networks]
+
+    def may_dial(address: str) -> bool:
+        return is_public(address) or any(ip_address(address) in network for network in networks)
+
+    if not allowed:
+        return None
+    return Fetcher(allowed, limits, on_end=metrics.fetch_ended, may_dial=may_dial)

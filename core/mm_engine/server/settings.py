@@ -21,6 +21,10 @@ class ServerSettings:
     ssl_keyfile: str | None = field(default=None, repr=False)
     allowed_origins: tuple[str, ...] = ()  # web pages that browsers let ask (CORS)
     media: MediaLimits = field(default_factory=MediaLimits)
+    allowed_media_domains: tuple[str, ...] = ()  # hosts that images are fetched from
+    #: Networks that such hosts may be in although they aren't public. No flag sets it.
+    private_media_networks: tuple[str, ...] = ()
+    allowed_local_media_path: str | None = None  # the folder that file URLs may lead to
     chat_template: str | None = None  # instead of the tokenizer's
     max_body_bytes: int = 32 * 2**20
     max_queued_requests: int = 256  # prompts in flight, waiting or running
