@@ -120,9 +120,9 @@ def test_openapi_describes_every_route_and_resolves(server: ServerProcess) -> No
 @pytest.mark.parametrize(
     ("method", "path", "statuses"),
     [
-        ("post", "/v1/responses", "200 400 401 404 408 413 429 500 503"),
-        ("post", "/tokenize", "200 400 401 404 408 413 429 500 503"),
-        ("post", "/detokenize", "200 400 401 404 408 413 429 500 503"),
+        ("post", "/v1/responses", "200 400 401 404 408 413 429 500 503 504"),
+        ("post", "/tokenize", "200 400 401 404 408 413 429 500 503 504"),
+        ("post", "/detokenize", "200 400 401 404 408 413 429 500 503 504"),
         ("get", "/v1/responses/{response_id}", "401 404 413"),
         ("delete", "/v1/responses/{response_id}", "401 404 413"),
         ("post", "/v1/embeddings", "401 404 413"),

@@ -113,7 +113,7 @@ class Exchange(Response):
             body = await read_body(receive, service.settings.body_timeout)
             work = self._answer(body or b"", slots, send, arrived, deadline, notes)
             try:
-                done = body is not None and await _unless_gone(receive, work)
+                done = body is not None and await unless_gone(receive, work)
             except _Stalled:
                 done = False
             finally:
@@ -158,6 +158,11 @@ async def _whole(answer: Answer, job: Job, tally: Tally, send: Send) -> None:
         tally.add(news)
         outputs[news.prompt].extend(news.output)
     body = job.reply.whole(outputs, tally).model_dump_json(exclude_unset=True).encode()
+    await send_json(send, body)
+
+
+async def send_json(send: Send, body: bytes) -> None:
+    """Send a whole answer."""
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -237,7 +242,7 @@ async def read_body(receive: Receive, timeout: float) -> bytes | None:
         ) from None
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
     """Do the work, or end it once the client has gone; returns whether it was done."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_left(receive))

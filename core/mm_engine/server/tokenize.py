@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from mm_engine.errors import RequestError
 from mm_engine.server.chat import with_prepared
-from mm_engine.server.exchange import CLIENT_GONE, parsed, read_body
+from mm_engine.server.exchange import CLIENT_GONE, parsed, read_body, send_json, unless_gone
 from mm_engine.server.protocol import (
     MAX_MESSAGES,
     ChatRequest,
@@ -160,13 +160,13 @@ class Errand(Response):
         service = self._service
         with service.admit(), service.metrics.in_flight.track_inprogress():
             body = await read_body(receive, service.settings.body_timeout)
-            if body is None:
+            if body is None or not await unless_gone(receive, self._answer(body, send)):
                 scope.setdefault("mm_engine.notes", {})["status"] = CLIENT_GONE
-                return
-            answer = await self._work(service, body)
-            content = await service.in_thread(answer.model_dump_json)
-            response = Response(content, media_type="application/json")
-            await response(scope, receive, send)
+
+    async def _answer(self, body: bytes, send: Send) -> None:
+        answer = await self._work(self._service, body)
+        text = await self._service.in_thread(answer.model_dump_json)
+        await send_json(send, text.encode())
 
 
 def _size(text: str) -> int:
