@@ -20,7 +20,7 @@ def engine(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 PLUGINS_COMMANDS = tuple(f"plugins {name}" for name in ("list", "new", "doctor", "trace"))
 BENCH_COMMANDS = tuple(f"bench {name}" for name in ("latency", "throughput", "serve", "startup"))
-COMMANDS = ("", "serve", "generate", "bench", *BENCH_COMMANDS, "plugins", *PLUGINS_COMMANDS)
+COMMANDS = ("", "serve", "chat", "generate", "bench", *BENCH_COMMANDS, "plugins", *PLUGINS_COMMANDS)
 
 
 @pytest.mark.parametrize("command", [command.split() for command in COMMANDS], ids=COMMANDS)
