@@ -122,6 +122,16 @@ def serve(
     ] = None,
     allowed_media_domains: options.AllowedMediaDomains = None,
     allowed_local_media_path: options.AllowedLocalMediaPath = None,
+    allowed_mm_processor_kwargs: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Let requests set this option of the image processor, in mm_processor_kwargs. "
+            "Repeatable. Default: none.",
+            show_default=False,
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = None,
     max_queued_requests: Annotated[
         int,
         typer.Option(
@@ -307,6 +317,7 @@ def serve(
         max_requests_per_minute=max_requests_per_minute,
         allowed_media_domains=tuple(allowed_media_domains or ()),
         allowed_local_media_path=allowed_local_media_path,
+        allowed_mm_processor_kwargs=tuple(allowed_mm_processor_kwargs or ()),
         chat_template=chat_template,
         max_queued_requests=max_queued_requests,
         max_queued_tokens=max_queued_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,8 +59,16 @@ class InputPipeline:
         """Take no request longer than `num_tokens`: what the KV cache turned out to hold."""
         self.max_len = min(self.max_len, num_tokens)
 
-    def prepare(self, inputs: PromptInputs, *, cache_salt: str = "") -> PreparedPrompt:
+    def prepare(
+        self,
+        inputs: PromptInputs,
+        *,
+        cache_salt: str = "",
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> PreparedPrompt:
         """Tokenize, map and expand one prompt. No cache shares it with another `cache_salt`.
+
+        `mm_processor_kwargs` are options of the image mapper.
 
         Raises:
             RequestError: the prompt or one of its items is at fault.
@@ -70,7 +79,9 @@ class InputPipeline:
             raise RequestError("give either a prompt or prompt_token_ids.", param="prompt")
         if ids is None:
             ids = self._tokenize(inputs.prompt)
-        return self._expand(inputs.prompt, ids, inputs.multi_modal_data, cache_salt)
+        return self._expand(
+            inputs.prompt, ids, inputs.multi_modal_data, cache_salt, mm_processor_kwargs or {}
+        )
 
     def prepare_chat(
         self,
@@ -79,6 +90,7 @@ class InputPipeline:
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         cache_salt: str = "",
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> PreparedPrompt:
         """Render messages whose image parts are `{"type": "image", "image": PIL.Image}`.
 
@@ -98,7 +110,7 @@ class InputPipeline:
             renderer = ChatRenderer(self.ctx, chat_template, self.chat.image_text)
         text, ids = renderer.encode(messages, add_generation_prompt=add_generation_prompt)
         data = {"image": tuple(images)} if images else {}
-        return self._expand(text, ids, data, cache_salt)
+        return self._expand(text, ids, data, cache_salt, mm_processor_kwargs or {})
 
     def request(
         self,
@@ -237,6 +249,7 @@ class InputPipeline:
         ids: tuple[int, ...],
         given: Mapping[str, Sequence[Any]],
         cache_salt: str,
+        options: Mapping[str, Any],
     ) -> PreparedPrompt:
         if not ids:
             raise RequestError("the prompt is empty. Send at least one token.", param="prompt")
@@ -251,10 +264,13 @@ class InputPipeline:
         for modality, items in data.items():
             images = data[modality] = self._check_items(modality, items)
             mapper = self.plugin.mapper_key(self.ctx, modality)
-            options = (mapper, self.plugin.label, str(self.ctx.checkpoint), cache_salt)
-            keys[modality] = [content_key(modality, image, *options) for image in images]
+            if options:
+                self._check_options(modality, options)
+                mapper += json.dumps(options, sort_keys=True)
+            how = (mapper, self.plugin.label, str(self.ctx.checkpoint), cache_salt)
+            keys[modality] = [content_key(modality, image, *how) for image in images]
             mapped[modality] = tuple(
-                self.processed.get(key, functools.partial(self._map, modality, image))
+                self.processed.get(key, functools.partial(self._map, modality, image, options))
                 for key, image in zip(keys[modality], images, strict=True)
             )
         inputs = PromptInputs(
@@ -268,8 +284,19 @@ class InputPipeline:
         )
         return PreparedPrompt(prompt, tuple(result.prompt_token_ids), placed, cache_salt)
 
-    def _map(self, modality: str, image: Image.Image) -> dict[str, Tensor]:
-        return self.plugin.map_item(self.ctx, modality, image)
+    def _map(
+        self, modality: str, image: Image.Image, options: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        return self.plugin.map_item(self.ctx, modality, image, options)
+
+    def _check_options(self, modality: str, options: Mapping[str, Any]) -> None:
+        known = self.plugin.option_names(self.ctx, modality)
+        if known is not None and not options.keys() <= known:
+            raise RequestError(
+                f"mm_processor_kwargs names an option that this model's {modality} mapper doesn't "
+                f"have. It has {', '.join(sorted(known)) or 'none'}.",
+                param="mm_processor_kwargs",
+            )
 
     def _check_items(self, modality: str, items: Sequence[Any]) -> tuple[Image.Image, ...]:
         """The items as RGB."""

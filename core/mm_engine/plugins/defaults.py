@@ -41,14 +41,29 @@ def image_processor(checkpoint: Path) -> Any:
         ) from error
 
 
-def map_image(ctx: ModelContext, image: Image.Image) -> dict[str, Tensor]:
+def map_image(
+    ctx: ModelContext, image: Image.Image, options: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
     """Return what the checkpoint's image processor makes of one RGB image, without batch dim.
 
+    `options` are keywords of its call, which a request asked for.
+
     Raises:
-        RequestError: the image's shape is beyond what the processor can handle.
+        RequestError: the image's shape is beyond what the processor can handle, or it can't take
+            the options.
     """
     processor = image_processor(ctx.checkpoint)
     _check_shape(image, processor)
+    if options:
+        try:
+            features = processor(images=image, return_tensors="pt", **options)
+        except Exception as error:  # values of any kind, in any part of the library
+            raise RequestError(
+                f"the image processor can't take these options ({type(error).__name__}). "
+                "Change or leave out mm_processor_kwargs.",
+                param="mm_processor_kwargs",
+            ) from error
+        return _tensors(features)
     try:
         features = processor(images=image, return_tensors="pt")
     except ValueError as error:
@@ -57,6 +72,17 @@ def map_image(ctx: ModelContext, image: Image.Image) -> dict[str, Tensor]:
             f"({one_line(error)}). Send one of a more usual shape.",
             param="messages",
         ) from error
+    return _tensors(features)
+
+
+def option_names(checkpoint: Path) -> frozenset[str]:
+    """The keywords that the image processor's call knows."""
+    kwargs = getattr(type(image_processor(checkpoint)), "valid_kwargs", None)
+    own = {"return_tensors", "device", "data_format", "input_data_format", "disable_grouping"}
+    return frozenset(getattr(kwargs, "__annotations__", ())) - own
+
+
+def _tensors(features: Mapping[str, Any]) -> dict[str, Tensor]:
     return {
         name: value[0]
         for name, value in features.items()

@@ -52,7 +52,9 @@ def register_input_mapper(ctx: ModelContext, register: Register) -> None:
     `mapper(ctx, item)` turns one item (an RGB image), alone, into a dict of tensors on the CPU:
     the keywords of `embed_images`, without a batch dimension, the same ones for each item. It has
     30 s (`hook_timeout`), may be called from several threads, and raises `RequestError` where the
-    item is at fault. This hook is called at startup in each process that maps items.
+    item is at fault. This hook is called at startup in each process that maps items. A mapper with
+    a third parameter `options` gets the `mm_processor_kwargs` of requests that bring some: only
+    names that the operator allowed, with values of any kind.
     Not implemented: the checkpoint's own Hugging Face image processor.
     """
     raise AssertionError("a hookspec is never called")

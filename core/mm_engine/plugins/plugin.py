@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -135,8 +137,27 @@ class Plugin:
         name = getattr(mapper, "__qualname__", type(mapper).__qualname__)
         return f"{self.label} {name} {place_of(mapper)}"
 
-    def map_item(self, ctx: ModelContext, modality: str, item: Any) -> dict[str, Tensor]:
+    def option_names(self, ctx: ModelContext, modality: str) -> frozenset[str] | None:
+        """Names of the options that requests may give the mapper; None if only it knows them.
+
+        A mapper without a parameter `options` takes none.
+        """
+        mapper = self._mapper(ctx, modality)
+        if mapper is defaults.map_image:
+            return defaults.option_names(ctx.checkpoint)
+        takes = "options" in inspect.signature(mapper).parameters
+        return None if takes else frozenset()
+
+    def map_item(
+        self,
+        ctx: ModelContext,
+        modality: str,
+        item: Any,
+        options: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
         """Return one item's tensors: the keywords of `embed_<modality>s`, without batch dim.
+
+        `options` are what a request asked of the mapper; see `option_names`.
 
         Raises:
             RequestError: the item is at fault.
@@ -147,9 +168,12 @@ class Plugin:
         ours = mapper is defaults.map_image
         place = "mm-engine's default" if ours else place_of(mapper)
         given = item if ours else copy_of(item)
+        call: Callable[..., dict[str, Tensor]] = mapper
+        if options:
+            call = functools.partial(call, options=dict(options))
         line = self._line(hook, place)
         tensors, fault = self._unchanging(
-            lambda: self._guard(hook, mapper, lambda: mapper(ctx, given), line)
+            lambda: self._guard(hook, mapper, lambda: call(ctx, given), line)
         )
         fault = fault_of_mapped(tensors) or fault
         if fault is None and not equal_items(given, item):

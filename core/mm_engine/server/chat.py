@@ -14,6 +14,7 @@ from mm_engine.outputs import CompletionOutput, RequestOutput
 from mm_engine.request import Request
 from mm_engine.server.exchange import Job, parsed
 from mm_engine.server.logprobs import chat_logprobs
+from mm_engine.server.mapper_options import check_options
 from mm_engine.server.protocol import ChatRequest, ImagePart, ImageURL, TextPart
 from mm_engine.server.responses import (
     ChatChoice,
@@ -79,6 +80,7 @@ async def with_prepared(
         RequestError: the messages or one of their images are at fault.
         PluginError: a hook is.
     """
+    check_options(asked.mm_processor_kwargs, service.settings.allowed_mm_processor_kwargs)
     return await service.with_images(
         _sources(asked), lambda images: work(_prepare(service, asked, images))
     )
@@ -93,6 +95,7 @@ def _prepare(service: Service, asked: ChatRequest, images: Sequence[Image.Image]
         messages,
         add_generation_prompt=asked.add_generation_prompt is not False,
         cache_salt=service.cache_salt(asked.cache_salt),
+        mm_processor_kwargs=asked.mm_processor_kwargs,
     )
 
 

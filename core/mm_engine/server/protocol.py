@@ -95,7 +95,6 @@ class GenerationRequest(StructureFields):
         "bad_words": (None, []),
         "best_of": (None, 1),
         "logits_processors": (None, []),
-        "mm_processor_kwargs": (None, {}),
         "prompt_logprobs": (None, False),
         "truncate_prompt_tokens": (None,),
         "use_beam_search": (None, False),
@@ -182,6 +181,7 @@ class ChatRequest(GenerationRequest):
     }
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    mm_processor_kwargs: dict[str, Any] | None = None  # see `check_options`
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None  # of tools: "auto"
     parallel_tool_calls: bool | None = None
@@ -262,6 +262,7 @@ class CompletionRequest(GenerationRequest):
     """The body of `POST /v1/completions`."""
 
     not_offered: ClassVar[NotOffered] = GenerationRequest.not_offered | {
+        "mm_processor_kwargs": (None, {}),
         "suffix": (None, ""),
         "prompt_embeds": (None,),
     }

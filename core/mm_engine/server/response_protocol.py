@@ -107,6 +107,7 @@ class ResponseRequest(GenerationRequest):
         "context_management": (None, []),
         "conversation": (None,),
         "logprobs": (None, False),  # `include` asks for them
+        "mm_processor_kwargs": (None, {}),
         "moderation": (None,),
         "n": (None, 1),
         "previous_response_id": (None,),

@@ -20,6 +20,7 @@ from mm_engine.config import EngineConfig
 from mm_engine.engine.launch import Launch, launched
 from mm_engine.errors import StartupError
 from mm_engine.light_imports import import_transformers
+from mm_engine.server.mapper_options import check_allowed
 from mm_engine.server.settings import ServerSettings
 from mm_engine.server.status_line import log_status
 from mm_engine.server.supervisor import supervise
@@ -84,6 +85,8 @@ def serve(
         imported_at = time.monotonic()
         opened = open_model(config)
         pipeline = InputPipeline(opened, chat_template=settings.chat_template)
+        known = pipeline.plugin.option_names(pipeline.ctx, "image")
+        check_allowed(settings.allowed_mm_processor_kwargs, known)
         return asyncio.run(
             _serve(config, launch, settings, pipeline, listener, imported_at, on_start)
         )

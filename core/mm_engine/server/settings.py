@@ -26,6 +26,8 @@ class ServerSettings:
     private_media_networks: tuple[str, ...] = ()
     allowed_local_media_path: str | None = None  # the folder that file URLs may lead to
     chat_template: str | None = None  # instead of the tokenizer's
+    #: Options of the image mapper that requests may set.
+    allowed_mm_processor_kwargs: tuple[str, ...] = ()
     max_body_bytes: int = 32 * 2**20
     max_queued_requests: int = 256  # prompts in flight, waiting or running
     max_queued_tokens: int = 131_072  # of prompts in flight that have no token of an answer yet

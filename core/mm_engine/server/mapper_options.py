@@ -1,0 +1,63 @@
+"""`mm_processor_kwargs`: options of the image mapper that clients may set."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from mm_engine.errors import RequestError, StartupError
+
+FIELD = "mm_processor_kwargs"
+FLAG = "--allowed-mm-processor-kwargs"
+MAX_SIDE, MAX_PIXELS = 4096, 2**24  # of numbers; options that count pixels say so in their names
+MAX_VALUES = 64  # in one option; characters of a text, too
+
+
+def check_options(asked: Mapping[str, Any] | None, allowed: Collection[str]) -> None:
+    """Refuse options that clients may not set, and values that would take much memory.
+
+    Raises:
+        RequestError: one isn't allowed, or is too large.
+    """
+    for name, value in (asked or {}).items():
+        if name not in allowed:
+            raise RequestError(
+                f"{FIELD} names an option that this server doesn't let clients set. "
+                f"It lets them set {', '.join(allowed) or 'none'} ({FLAG}).",
+                param=FIELD,
+            )
+        most = MAX_PIXELS if "pixels" in name else MAX_SIDE
+        if not _is_small(value, most):
+            raise RequestError(
+                f"{FIELD}.{name} is too large. It has at most {MAX_VALUES} values, numbers up to "
+                f"{most}.",
+                param=FIELD,
+            )
+
+
+def check_allowed(allowed: Collection[str], known: Collection[str] | None) -> None:
+    """Refuse to start with names that the model's mapper doesn't have; None: it may have any.
+
+    Raises:
+        StartupError: with those that it has.
+    """
+    unknown = [] if known is None else sorted(set(allowed) - set(known))
+    if unknown:
+        raise StartupError(
+            f"{FLAG} names an option that the model's image mapper doesn't have: {unknown[0]}. "
+            f"It has {', '.join(sorted(known or ())) or 'none'}."
+        )
+
+
+def _is_small(value: Any, most: int) -> bool:
+    waiting, num_values = [value], 0
+    while waiting:
+        value = waiting.pop()
+        num_values += 1
+        if num_values > MAX_VALUES or (isinstance(value, str) and len(value) > MAX_VALUES):
+            return False
+        if isinstance(value, int | float) and not abs(value) <= most:  # nor nan
+            return False
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+    return True

@@ -1,0 +1,152 @@
+"""`mm_processor_kwargs`: only what the operator allowed, and within bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from mm_engine.config import EngineConfig
+from mm_engine.errors import RequestError, StartupError
+from mm_engine.inputs.pipeline import InputPipeline
+from mm_engine.plugins.discovery import demos
+from mm_engine.server.mapper_options import check_allowed, check_options
+from mm_engine.worker.loader import open_model
+from pictures import data_url, encode, quarters
+from serving import FLAGS, ServerProcess
+
+CHAT = "/v1/chat/completions"
+DEMO = min(demos().items())[1]
+
+
+@pytest.fixture(scope="module")
+def allowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    names = ("do_normalize", "image_mean", "size")
+    flags = [part for name in names for part in ("--allowed-mm-processor-kwargs", name)]
+    with ServerProcess(tmp_path_factory.mktemp("allowing"), *FLAGS, *flags) as started:
+        yield started
+
+
+def ask(server: ServerProcess, **options: Any) -> Any:
+    image = {"type": "image_url", "image_url": {"url": data_url(encode(quarters(64, 64)))}}
+    body = {
+        "messages": [{"role": "user", "content": [image, {"type": "text", "text": "What is it?"}]}],
+        "max_tokens": 1,
+        "logprobs": True,
+        "top_logprobs": 5,
+        "temperature": 0.0,
+    }
+    return server.http.post(CHAT, json=body | options)
+
+
+def logprobs(answer: Any) -> Any:
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["logprobs"]
+
+
+def test_an_allowed_option_changes_what_the_model_sees(allowing: ServerProcess) -> None:
+    plain = logprobs(ask(allowing))
+    other = logprobs(ask(allowing, mm_processor_kwargs={"do_normalize": False}))
+    assert other != plain  # and the processed image of before isn't taken for it
+    assert logprobs(ask(allowing, mm_processor_kwargs={})) == plain
+    assert logprobs(ask(allowing, mm_processor_kwargs={"do_normalize": False})) == other
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"do_resize": False}, "doesn't let clients set. It lets them set do_normalize"),
+        ({"image_mean": [0.5] * 65}, "too large"),
+        ({"image_mean": "x" * 65}, "too large"),
+        ({"size": {"height": 100_000, "width": 8}}, "too large"),
+        ({"image_mean": "nonsense"}, "can't take these options"),
+        ({"image_mean": {"a": [1]}}, "can't take these options"),
+    ],
+)
+def test_others_are_refused(allowing: ServerProcess, options: dict[str, Any], part: str) -> None:
+    answer = ask(allowing, mm_processor_kwargs=options)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "mm_processor_kwargs"), error
+    assert part in error["message"]
+    assert allowing.http.get("/health").status_code == 200
+
+
+def test_by_default_none_is_allowed(server: ServerProcess) -> None:
+    answer = ask(server, mm_processor_kwargs={"do_normalize": False})
+    assert answer.status_code == 400 and "set none" in answer.json()["error"]["message"]
+
+
+def test_a_flag_for_an_option_that_isnt_there_is_refused_at_startup() -> None:
+    check_allowed(("a",), ("a", "b"))
+    check_allowed(("a",), None)
+    with pytest.raises(StartupError, match="doesn't have: c. It has a, b"):
+        check_allowed(("a", "c"), ("a", "b"))
+
+
+def test_pixels_may_be_more_than_sides() -> None:
+    check_options({"max_pixels": 2**24}, ("max_pixels",))
+    check_options({"side": 4096}, ("side",))
+    for options in ({"max_pixels": 2**25}, {"side": 4097}, {"side": float("nan")}):
+        with pytest.raises(RequestError, match="too large"):
+            check_options(options, ("max_pixels", "side"))
+
+
+MAPPER = """
+import torch
+from mm_engine.plugins import hookimpl
+from mm_llava.plugin import max_tokens, model_class
+
+
+@hookimpl
+def register_input_mapper(ctx, register):
+    register("image", mapper)
+
+
+def mapper(ctx, image{parameters}):
+    return {{"pixel_values": torch.full((3, 4, 4), {value})}}
+"""
+
+
+def pipeline(folder: Path, parameters: str, value: str) -> InputPipeline:
+    file = folder / "own_mapper.py"
+    file.write_text(MAPPER.format(parameters=parameters, value=value))
+    config = EngineConfig(model=str(DEMO), plugins=(str(file),), progress=False)
+    return InputPipeline(open_model(config))
+
+
+def prepare(made: InputPipeline, options: dict[str, Any]) -> torch.Tensor:
+    content = [{"type": "image", "image": Image.new("RGB", (8, 8))}]
+    prepared = made.prepare_chat(
+        [{"role": "user", "content": content}], mm_processor_kwargs=options
+    )
+    return prepared.items[0].tensors["pixel_values"]
+
+
+def test_a_plugins_own_mapper_gets_them_if_it_takes_any(tmp_path: Path) -> None:
+    takes = pipeline(tmp_path, ", options=None", '(options or {}).get("level", 0.25)')
+    assert prepare(takes, {}).unique().tolist() == [0.25]
+    assert prepare(takes, {"level": 0.5}).unique().tolist() == [0.5]
+    assert takes.plugin.option_names(takes.ctx, "image") is None
+    (tmp_path / "other").mkdir()
+    takes_none = pipeline(tmp_path / "other", "", "0.25")
+    assert prepare(takes_none, {}).unique().tolist() == [0.25]
+    with pytest.raises(RequestError, match="It has none"):
+        prepare(takes_none, {"level": 0.5})
+
+
+def test_the_default_mapper_gives_what_transformers_gives(tmp_path: Path) -> None:
+    made = InputPipeline(open_model(EngineConfig(model=str(DEMO), progress=False)))
+    image = quarters(64, 64)
+    processor = AutoImageProcessor.from_pretrained(DEMO)
+    expected = processor(images=image, return_tensors="pt", do_normalize=False)["pixel_values"][0]
+    content = [{"type": "image", "image": image}]
+    prepared = made.prepare_chat(
+        [{"role": "user", "content": content}], mm_processor_kwargs={"do_normalize": False}
+    )
+    assert torch.equal(prepared.items[0].tensors["pixel_values"], expected)
+    assert {"do_normalize", "size"} <= (made.plugin.option_names(made.ctx, "image") or set())
