@@ -21,6 +21,7 @@ from mm_engine.server.exchange import Exchange
 from mm_engine.server.limits import ApiKey, BodyLimit
 from mm_engine.server.plugin_list import plugin_list
 from mm_engine.server.protocol import ChatRequest, CompletionRequest
+from mm_engine.server.request_id import RequestId
 from mm_engine.server.responses import (
     ChatCompletion,
     Completion,
@@ -59,6 +60,8 @@ def create_app(client: EngineClient, pipeline: InputPipeline, settings: ServerSe
     """The application that serves `client`'s engine; `app.state.service` is its `Service`."""
     service = Service(client, pipeline, settings)
     middleware = [
+        Middleware(RequestId),
+        *_tracing(service),
         Middleware(AccessLog, metrics=service.metrics, routes=ROUTES),
         Middleware(ErrorBoundary),
         *([Middleware(ApiKey, key=settings.api_key)] if settings.api_key else []),
@@ -78,6 +81,17 @@ def create_app(client: EngineClient, pipeline: InputPipeline, settings: ServerSe
     _add_information_routes(app, service)
     _add_body_schemas(app)
     return app
+
+
+def _tracing(service: Service) -> list[Middleware]:
+    """What traces requests, if that was asked for; else nothing of it is imported."""
+    endpoint = service.settings.otlp_traces_endpoint
+    if endpoint is None:
+        return []
+    from mm_engine.server.tracing import TraceRequests, Traces, check_endpoint
+
+    service.traces = Traces(check_endpoint(endpoint))
+    return [Middleware(TraceRequests, traces=service.traces, model=service.model_name)]
 
 
 def _add_generation_routes(app: FastAPI, service: Service) -> None:

@@ -105,6 +105,7 @@ class Exchange(Response):
     ) -> None:
         job = await self._endpoint(self._service, body, slots)
         tally = notes["tally"] = Tally(job.requests, self._service.metrics, arrived)
+        notes["submitted"] = time.perf_counter()
         answer = Answer(self._service.client, job.requests)
         try:
             with self._service.answering(answer):
@@ -147,7 +148,7 @@ async def _stream(
         last = b"data: [DONE]\n\n"
     except Exception as error:  # the status is out: the stream has to say it
         status, body = body_of(error)
-        notes["failed"] = status
+        notes["failed"], notes["error"] = status, error
         tally.fail(error)
         last = b"data: " + json.dumps(body).encode("ascii") + b"\n\n"
     await send({"type": "http.response.body", "body": last})

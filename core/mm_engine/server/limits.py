@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mm_engine.errors import RequestError
-from mm_engine.server.errors import error_body, error_response, respond
+from mm_engine.server.errors import error_body, error_response, note_error, respond
 
 OPEN_PATHS = frozenset({"/health"})
 LINGER_BYTES = 64 * 2**20  # of a body that is over the cap: read and dropped, not kept
@@ -32,6 +32,7 @@ class ApiKey:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._has_key(scope):
             await self.app(scope, receive, send)
             return
+        scope.setdefault("mm_engine.notes", {})["rejected"] = "api_key"
         body = error_body(
             "the API key is missing or wrong. Send it as Authorization: Bearer <key>.",
             "authentication_error",
@@ -66,7 +67,9 @@ class BodyLimit:
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > self.max_bytes):
             if "expect" not in headers:  # else the client waits for a go-ahead and has sent nothing
                 await _linger(receive)
-            await error_response(self._error())(scope, receive, send)
+            error = self._error()
+            note_error(scope, error)
+            await error_response(error)(scope, receive, send)
             return
         num_bytes = 0
 

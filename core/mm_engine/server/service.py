@@ -20,6 +20,7 @@ from mm_engine.server.settings import ServerSettings
 if TYPE_CHECKING:
     from mm_engine.engine.client import EngineClient
     from mm_engine.inputs.pipeline import InputPipeline
+    from mm_engine.server.tracing import Traces
 
 T = TypeVar("T")
 
@@ -72,7 +73,10 @@ class Service:
         self.settings = settings
         self.metrics = Metrics(pipeline.plugin.record, pipeline.processed)
         self.num_prompts = 0  # admitted and not yet answered
+        self.metrics.queued_prompts.set_function(lambda: self.num_prompts)
+        self.metrics.max_queued_prompts.set(settings.max_queued_requests)
         self.draining = False
+        self.traces: Traces | None = None
         max_images = pipeline.ctx.limits.get("image", 0)
         self.media_limits = dataclasses.replace(settings.media, max_images=max_images)
         self._expired = False

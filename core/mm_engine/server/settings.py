@@ -27,4 +27,5 @@ class ServerSettings:
     drain_timeout: float = 30.0  # for streams to finish after SIGTERM
     log_stats: bool = True  # a line on the load every few seconds
     status_interval: float = 10.0  # between two of these lines
+    otlp_traces_endpoint: str | None = None  # where traces go; None: there are none
     dead_engine_timeout: float = 15.0  # how long /health answers 503 before the server exits
