@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any, Literal
 
+from mm_engine.errors import MMEngineError, PluginError
+
 Format = Literal["text", "json"]
 
 #: The id of the HTTP request that is being answered, where one is.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+#: The message of the exception that a plugin raised, behind its class.
+_FOREIGN = re.compile(r"(\braised \w+): .*", re.DOTALL)
 #: Libraries whose loggers bring handlers of their own when they are imported.
 _WITH_HANDLERS = ("torch", "transformers", "huggingface_hub")
 
@@ -33,6 +38,16 @@ def place_of(error: BaseException) -> str:
     code = traceback.tb_frame.f_code
     name = PurePath(code.co_filename).name
     return f"{type(error).__name__} at {name}:{traceback.tb_lineno} in {code.co_name}"
+
+
+def told_of(error: BaseException) -> str:
+    """What a line may say of an exception: the message of one of ours, else its class and place.
+
+    What an exception of a plugin's own says may be anything, so it is left out of `PluginError`'s.
+    """
+    if isinstance(error, PluginError):
+        return _FOREIGN.sub(r"\1.", str(error))
+    return str(error) if isinstance(error, MMEngineError) else place_of(error)
 
 
 class NoTraceback(logging.Filter):

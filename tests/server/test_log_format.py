@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -164,7 +165,7 @@ def test_on_a_terminal_it_is_text(tmp_path: Path) -> None:
     code += "logging.getLogger('mm_engine.x').info('said %d', 7)"
     subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, timeout=60)
     os.close(theirs)
-    shown = os.read(ours, 10_000).decode()
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", os.read(ours, 10_000).decode())
     os.close(ours)
     assert "INFO" in shown and "said 7" in shown and '"message"' not in shown
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping, MutableMapping
 from http import HTTPStatus
 from typing import Any
@@ -16,12 +15,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mm_engine.errors import EngineDead, MMEngineError, Overloaded, PluginError, RequestError
-from mm_engine.log import place_of
+from mm_engine.log import place_of, told_of
 
 logger = logging.getLogger(__name__)
 
-#: The message of the exception that a plugin raised, behind its class.
-_FOREIGN = re.compile(r"(\braised \w+): .*", re.DOTALL)
 #: Why requests aren't taken.
 REJECTIONS = (
     *("invalid", "unknown_model", "body_too_large", "body_too_slow", "api_key"),
@@ -52,8 +49,7 @@ def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(error, RequestError):
         return error.status, error_body(str(error), error.kind, param=error.param, code=error.code)
     if isinstance(error, PluginError):
-        # What an exception of the plugin's says may be anything: a path, a prompt, a secret.
-        told = _FOREIGN.sub(r"\1.", str(error))
+        told = told_of(error)
         logger.error("%s", told)
         logger.debug("In full: %s", error)
         return error.status, error_body(told, error.kind)

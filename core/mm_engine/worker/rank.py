@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm_engine.log import adopt_libraries, configure_child
+from mm_engine.log import adopt_libraries, configure_child, told_of
 from mm_engine.processes import end_with_parent, leave_signals_to_parent
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mm_engine.worker.model_shard import ModelShard
     from mm_engine.worker.rank_group import RankGroup
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("mm_engine.worker.rank")  # `__name__` is that of a program
 
 
 def main(folder: Path, rank: int, parent_pid: int, log_level: int, log_format: str) -> int:
@@ -88,7 +88,7 @@ class Rank:
         from mm_engine.worker import rank_wire
 
         name, told = type(error).__name__, one_line(error)
-        logger.warning("What rank 0 said last has failed: %s", told)
+        logger.warning("What rank 0 said last has failed: %s", told_of(error))
         logger.debug("Its traceback:", exc_info=error)
         if name in ERRORS_BY_NAME:  # rank 0 raises it again, as it is
             told = str(error)
