@@ -1,4 +1,4 @@
-"""Write docs/reference from what the code says: hooks, public names, the CLI's help.
+"""Write docs/reference from what the code says: hooks, public names, the CLI's help, metrics.
 
 `make docs` runs it; a test fails where the files are behind the code.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import re
@@ -22,8 +23,12 @@ import mm_engine.models
 import mm_engine.plugins
 import mm_engine.testing
 from mm_engine.cli.main import app
+from mm_engine.engine.status import EngineStats
+from mm_engine.inputs.processed_items import ProcessedItems
 from mm_engine.plugins import hookspecs
+from mm_engine.plugins.record import PluginRecord
 from mm_engine.plugins.registration import REQUIRED, hook_names
+from mm_engine.server.metrics import Metrics
 from mm_engine.testing.checker import MODULES
 from mm_engine.testing.registry import CHECKS, FUNCTIONS
 
@@ -186,7 +191,35 @@ def cli() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"hooks.md": hooks, "models.md": models, "plugin-api.md": plugin_api, "cli.md": cli}
+def metrics() -> str:
+    """The page about what `/metrics` shows, but for prometheus_client's own of the process."""
+    shown = Metrics(PluginRecord("mm-foo", "0.1.0", "Foo", "mm_foo.plugin"), ProcessedItems(0))
+    shown.engine.stats = EngineStats(**{f.name: 1 for f in dataclasses.fields(EngineStats)})
+    shown.requests.labels("/health", 200)  # those with labels show once they have counted
+    shown.http_seconds.labels("/health")
+    parts = ["# Metrics", MARK.format(source="core/mm_engine/server/metrics.py")]
+    parts.append(
+        "What `/metrics` shows; [See what a server does](../howto/observe.md) says what for. A "
+        "histogram is three names: with `_bucket` (label `le`), `_count` and `_sum` behind its own."
+    )
+    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    for family in shown.registry.collect():
+        if family.name.startswith("process_"):
+            continue  # not the same on every system
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
+        listed = ", ".join(f"`{label}`" for label in labels)
+        rows.append(f"| `{name}` | {family.type} | {listed} | {family.documentation} |")
+    return "\n\n".join([*parts, "\n".join(rows)]) + "\n"
+
+
+PAGES = {
+    "hooks.md": hooks,
+    "models.md": models,
+    "plugin-api.md": plugin_api,
+    "cli.md": cli,
+    "metrics.md": metrics,
+}
 
 
 def main() -> None:

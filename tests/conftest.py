@@ -15,6 +15,9 @@ from mm_engine_kernels import ops
 # A shell's background jobs ignore Ctrl-C, and their children do; some tests are about it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The log is read as people read it; off a terminal it would be JSON. Tests of that ask for it.
+os.environ["MM_ENGINE_LOG_FORMAT"] = "text"
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
 
 # Before anything imports triton, which reads it then: without a card its kernels run in Python.

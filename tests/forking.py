@@ -24,6 +24,7 @@ SCRIPT = Path(__file__).with_name("forkserver.py")
 #: Variables that nobody reads while being imported. With another one a process is a real one.
 READ_LATER = {
     *("PYTHONPATH", "TMPDIR", "COLUMNS", "TORCHINDUCTOR_CACHE_DIR", "MM_ENGINE_API_KEY"),
+    "MM_ENGINE_LOG_FORMAT",
     *("PYTEST_CURRENT_TEST", "PYTEST_VERSION"),
 }
 

@@ -34,7 +34,7 @@ from mm_engine.server.run import serve
 from mm_engine.server.settings import ServerSettings
 
 if __name__ == "__main__":
-    configure_logging("info")
+    configure_logging("info", "text")
     config = EngineConfig(model={model!r}, kv_cache_memory=2**26, progress=False)
     settings = ServerSettings(served_model_names=("demo",), port=0, **{settings!r})
     sys.exit(serve(config, settings, lambda s: print(f"address {{s.url}}/v1", flush=True)))

@@ -102,5 +102,5 @@ def test_without_both_a_server_answers_and_its_log_says_why_once(tmp_path: Path)
         assert answer.usage is not None and answer.usage.completion_tokens
         lines = [line for line in server.output.splitlines() if "Attention: " in line]
     assert len(lines) == 1
-    assert " INFO Attention: " in lines[0]
+    assert re.search(r" INFO engine \[\d+\]: Attention: ", lines[0])
     assert LINE.search(lines[0])

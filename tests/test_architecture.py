@@ -28,6 +28,7 @@ NOUNS = {
     "contract",
     "errors",
     "light_imports",
+    "log",
     "outputs",
     "processes",
     "request",

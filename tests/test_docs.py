@@ -20,7 +20,10 @@ from mm_engine.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [
+    *sorted(DOCS.rglob("*.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "deploy/README.md")),
+]
 #: Packages of the reader's own, in examples.
 INVENTED = ("mm_foo",)
 BLOCK = re.compile(
@@ -40,7 +43,7 @@ def name_of(value: object) -> str:
     return value.relative_to(ROOT).as_posix() if isinstance(value, Path) else str(value)
 
 
-@pytest.mark.parametrize("name", ["hooks.md", "models.md", "plugin-api.md", "cli.md"])
+@pytest.mark.parametrize("name", ["hooks.md", "models.md", "plugin-api.md", "cli.md", "metrics.md"])
 def test_reference_page_is_as_generated(name: str) -> None:
     written = (DOCS / "reference" / name).read_text("utf-8")
     assert written == generator().PAGES[name](), f"{name} is behind the code: run `make docs`"

@@ -33,7 +33,7 @@ print("ready", flush=True)
 for line in sys.stdin:
     told = json.loads(line)
     if "fork" in told:
-        folder, number, _, level = told["fork"]
+        folder, number, _, level, style = told["fork"]
         parent = os.getpid()
         pid = os.fork()
         if not pid:
@@ -41,7 +41,7 @@ for line in sys.stdin:
             try:
                 os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
                 os.dup2(2, 1)
-                code = rank.main(Path(folder), int(number), parent, int(level))
+                code = rank.main(Path(folder), int(number), parent, int(level), style)
             finally:
                 os._exit(code)
         print(pid, flush=True)

@@ -42,6 +42,10 @@ class Overloaded(MMEngineError):
         self.status = status
 
 
+class RateLimited(Overloaded):
+    """An API key has as many requests as it may have, at once or in a minute."""
+
+
 class PluginError(MMEngineError):
     """A plugin broke its contract; the message names distribution, version, hook and place."""
 

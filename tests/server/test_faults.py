@@ -11,8 +11,8 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from mm_engine.errors import EngineDead, MMEngineError, Overloaded, PluginError, RequestError
+from mm_engine.log import NoTraceback
 from mm_engine.server.errors import ErrorBoundary, body_of, error_response
-from mm_engine.server.log import NoTraceback
 from pictures import data_url, encode, quarters
 from serving import ServerProcess, wait_until
 

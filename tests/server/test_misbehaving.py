@@ -263,7 +263,7 @@ def test_startup_is_refused_in_one_line_with_exit_code_1(
     said = [
         line
         for line in done.stderr.splitlines()
-        if not line.startswith("Loading weights") and " INFO Attention: " not in line
+        if not line.startswith("Loading weights") and "]: Attention: " not in line
     ]
     assert len(said) == 1
     assert said[0].startswith("error: ")

@@ -174,7 +174,7 @@ def test_the_flag_switches_the_lines_off(
         return 0
 
     monkeypatch.setattr(run, "serve", run_server)
-    monkeypatch.setattr(log, "configure_logging", lambda level: None)
+    monkeypatch.setattr(log, "configure_logging", lambda *_: None)
     done = CliRunner().invoke(app, ["serve", *flags])
     assert done.exit_code == 0, done.output
     assert [settings.log_stats for settings in asked] == [not flags]

@@ -292,7 +292,8 @@ def test_a_rank_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     script = (
         "import os, sys, time\n"
         "from mm_engine.processes import spawn\n"
-        "print(spawn('mm_engine.worker.rank', sys.argv[1], 1, os.getpid(), 30).pid, flush=True)\n"
+        "rank = [sys.argv[1], 1, os.getpid(), 30, 'text']\n"
+        "print(spawn('mm_engine.worker.rank', *rank).pid, flush=True)\n"
         "time.sleep(60)\n"
     )
     parent = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -16,6 +17,7 @@ from mm_engine.cli.generate import generate
 from mm_engine.cli.plugins import app as plugins_app
 from mm_engine.cli.serve import serve
 from mm_engine.errors import MMEngineError
+from mm_engine.log import format_in_use
 from mm_engine.plugins.discovery import installed
 from mm_engine.plugins.printable import printable
 from mm_engine.plugins.tolerance import pass_over_damage
@@ -64,7 +66,7 @@ def main() -> None:
     try:
         app()
     except MMEngineError as error:
-        typer.echo(f"error: {printable(' '.join(str(error).split()))}", err=True)
+        _tell(printable(" ".join(str(error).split())))
         _exit(1)
     except KeyboardInterrupt:
         _exit(130)
@@ -72,6 +74,14 @@ def main() -> None:
         if not isinstance(error.code, int | None):
             raise
         _exit(error.code or 0)
+
+
+def _tell(error: str) -> None:
+    """Say on stderr why the program ends: as a line of the log where that is JSON."""
+    if format_in_use() == "json":
+        logging.getLogger("mm_engine.cli").error("%s", error)
+    else:
+        typer.echo(f"error: {error}", err=True)
 
 
 def _exit(code: int) -> NoReturn:

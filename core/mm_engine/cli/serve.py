@@ -202,6 +202,15 @@ def serve(
         Literal["debug", "info", "warning", "error"],
         typer.Option(help="Least level that is logged.", rich_help_panel=SERVER_PANEL),
     ] = "info",
+    log_format: Annotated[
+        Literal["auto", "text", "json"],
+        typer.Option(
+            envvar="MM_ENGINE_LOG_FORMAT",
+            help="text: lines for people. json: an object a line, of all the server's processes. "
+            "auto: text on a terminal, json elsewhere.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = "auto",
     disable_log_stats: Annotated[
         bool,
         typer.Option(
@@ -210,6 +219,17 @@ def serve(
             rich_help_panel=SERVER_PANEL,
         ),
     ] = False,
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Send a trace of each completion request there, by OpenTelemetry's protocol over "
+            "HTTP: how long each part took, not what was said. Needs mm-engine\\[otel]. "
+            "Default: no traces.",
+            show_default=False,
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     attention_backend: options.AttentionBackend = "auto",
@@ -263,12 +283,13 @@ def serve(
     """
     from mm_engine.cli.banner import print_banner
     from mm_engine.config import EngineConfig
+    from mm_engine.log import format_in_use
     from mm_engine.server.keys import read_keys
     from mm_engine.server.log import configure_logging
     from mm_engine.server.run import serve as run_server
     from mm_engine.server.settings import ServerSettings
 
-    configure_logging(log_level)
+    configure_logging(log_level, log_format)
     options.check_media(allowed_media_domains, allowed_local_media_path)
     name, _ = choose_model(model)  # the banner names the other demos
     fields = options.engine_options(
@@ -302,6 +323,7 @@ def serve(
         limit_mm_per_prompt=options.parse_limits(limit_mm_per_prompt),
         hook_timeout=hook_timeout,
         step_timeout=step_timeout,
+        progress=format_in_use() == "text",  # no bars between the lines of a program
     )
     names = tuple(served_model_name or ()) or model_names(name)
     settings = ServerSettings(
@@ -327,5 +349,6 @@ def serve(
         grammar_timeout=grammar_timeout,
         scheduling_policy=scheduling_policy,
         log_stats=not disable_log_stats,
+        otlp_traces_endpoint=otlp_traces_endpoint or None,
     )
     raise typer.Exit(run_server(config, settings, print_banner))

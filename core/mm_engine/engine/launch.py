@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 
 from mm_engine.engine.process import SOCKET_NAME
+from mm_engine.log import format_in_use
 from mm_engine.processes import private_folder, spawn
 
 
@@ -19,7 +20,9 @@ class Launch:
         self._folder = private_folder(SOCKET_NAME)
         self.address = f"ipc://{self._folder / SOCKET_NAME}"
         level = logging.getLogger("mm_engine").getEffectiveLevel()
-        self.process = spawn("mm_engine.engine.process", self.address, os.getpid(), level)
+        self.process = spawn(
+            "mm_engine.engine.process", self.address, os.getpid(), level, format_in_use()
+        )
 
     def end(self) -> None:
         """End the process, if it hasn't yet, and leave nothing behind."""

@@ -26,6 +26,7 @@ from mm_engine.server.limits import BodyLimit
 from mm_engine.server.not_offered import NOT_OFFERED, add_not_offered_routes
 from mm_engine.server.plugin_list import plugin_list
 from mm_engine.server.protocol import ChatRequest, CompletionRequest
+from mm_engine.server.request_id import RequestId
 from mm_engine.server.response_api import open_response
 from mm_engine.server.response_objects import ResponseObject
 from mm_engine.server.response_protocol import ResponseRequest
@@ -81,6 +82,8 @@ def create_app(client: EngineClient, pipeline: InputPipeline, settings: ServerSe
     """The application that serves `client`'s engine; `app.state.service` is its `Service`."""
     service = Service(client, pipeline, settings)
     middleware = [
+        Middleware(RequestId),
+        *_tracing(service),
         Middleware(AccessLog, metrics=service.metrics, routes=ROUTES),
         *([_cors(settings.allowed_origins)] if settings.allowed_origins else []),
         Middleware(ErrorBoundary),
@@ -113,6 +116,17 @@ def _cors(origins: Sequence[str]) -> Middleware:
         allow_methods=["GET", "POST"],
         allow_headers=["Authorization", "Content-Type", HEADER],
     )
+
+
+def _tracing(service: Service) -> list[Middleware]:
+    """What traces requests, if that was asked for; else nothing of it is imported."""
+    endpoint = service.settings.otlp_traces_endpoint
+    if endpoint is None:
+        return []
+    from mm_engine.server.tracing import TraceRequests, Traces, check_endpoint
+
+    service.traces = Traces(check_endpoint(endpoint))
+    return [Middleware(TraceRequests, traces=service.traces, model=service.model_name)]
 
 
 def _add_generation_routes(app: FastAPI, service: Service) -> None:

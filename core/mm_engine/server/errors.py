@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from http import HTTPStatus
-from pathlib import PurePath
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,12 +14,24 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mm_engine.errors import MMEngineError, PluginError, RequestError
+from mm_engine.errors import (
+    EngineDead,
+    MMEngineError,
+    Overloaded,
+    PluginError,
+    RateLimited,
+    RequestError,
+)
+from mm_engine.log import place_of, told_of
 
 logger = logging.getLogger(__name__)
 
-#: The message of the exception that a plugin raised, behind its class.
-_FOREIGN = re.compile(r"(\braised \w+): .*", re.DOTALL)
+#: Why requests aren't taken.
+REJECTIONS = (
+    *("invalid", "unknown_model", "body_too_large", "body_too_slow", "api_key"),
+    *("key_limit", "queue_full", "draining", "engine_dead"),
+)
+_BY_STATUS = {404: "unknown_model", 408: "body_too_slow", 413: "body_too_large"}
 INTERNAL = "internal error. The server's log has the place."
 _UNKNOWN_ROUTE = "no such route. See /openapi.json for those that exist."
 
@@ -46,8 +56,7 @@ def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(error, RequestError):
         return error.status, error_body(str(error), error.kind, param=error.param, code=error.code)
     if isinstance(error, PluginError):
-        # What an exception of the plugin's says may be anything: a path, a prompt, a secret.
-        told = _FOREIGN.sub(r"\1.", str(error))
+        told = told_of(error)
         logger.error("%s", told)
         logger.debug("In full: %s", error)
         return error.status, error_body(told, error.kind)
@@ -55,6 +64,24 @@ def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
         return error.status, error_body(str(error), error.kind)
     logger.error("internal error: %s", place_of(error))
     return 500, error_body(INTERNAL, "server_error")
+
+
+def rejection_of(error: Exception) -> str | None:
+    """Why a request wasn't taken: one of `REJECTIONS`; None if that isn't what the error says."""
+    if isinstance(error, RateLimited):
+        return "key_limit"
+    if isinstance(error, Overloaded):
+        return "queue_full" if error.status == 429 else "draining"
+    if isinstance(error, EngineDead):
+        return "engine_dead"
+    if isinstance(error, RequestError):
+        return _BY_STATUS.get(error.status, "invalid")
+    return None
+
+
+def note_error(scope: MutableMapping[str, Any], error: Exception) -> None:
+    """Leave what a request is answered with where the access log, metrics and traces find it."""
+    scope.setdefault("mm_engine.notes", {})["error"] = error
 
 
 def respond(
@@ -70,21 +97,6 @@ def error_response(error: Exception) -> ASCIIResponse:
     status, body = body_of(error)
     seconds = getattr(error, "retry_after", None)
     return respond(status, body, None if seconds is None else {"Retry-After": str(seconds)})
-
-
-def place_of(error: BaseException) -> str:
-    """Where an exception came from: its class, file and line.
-
-    Its message and traceback may hold prompts, keys or paths, so they are left out.
-    """
-    traceback = error.__traceback__
-    if traceback is None:
-        return type(error).__name__
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    code = traceback.tb_frame.f_code
-    name = PurePath(code.co_filename).name
-    return f"{type(error).__name__} at {name}:{traceback.tb_lineno} in {code.co_name}"
 
 
 def request_error_of(invalid: ValidationError, data: Any) -> RequestError:
@@ -133,6 +145,7 @@ class ErrorBoundary:
         try:
             await self.app(scope, receive, watched_send)
         except Exception as error:
+            note_error(scope, error)
             response = error_response(error)
             if not started:
                 await response(scope, receive, send)
@@ -142,6 +155,7 @@ def add_error_handlers(app: FastAPI) -> None:
     """Give the app's own errors (404, 405, …) and ours OpenAI's shape."""
 
     async def handle(request: Request, error: Exception) -> ASCIIResponse:
+        note_error(request.scope, error)
         return error_response(error)
 
     async def handle_http(request: Request, error: Exception) -> ASCIIResponse:

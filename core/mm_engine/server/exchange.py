@@ -137,6 +137,7 @@ class Exchange(Response):
         deadline.allow(job.timeout)
         slots.take_tokens(job.requests)
         tally = notes["tally"] = Tally(job.requests, self._service.metrics, arrived)
+        notes["submitted"] = time.perf_counter()
         answer = Answer(self._service.client, job.requests, slots.begun)
         try:
             with self._service.answering(answer), deadline.ending(answer):
@@ -185,7 +186,7 @@ async def _stream(
         last = job.ending(None)
     except Exception as error:  # the status is out: the stream has to say it
         status, body = body_of(error)
-        notes["failed"] = status
+        notes["failed"], notes["error"] = status, error
         tally.fail(error)
         last = job.ending(body)
     await send({"type": "http.response.body", "body": last.encode()})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mm_engine.errors import Overloaded, StartupError
+from mm_engine.errors import RateLimited, StartupError
 from mm_engine.server.errors import error_body, respond
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # what asks them has no key
@@ -74,6 +74,7 @@ class ApiKey:
             current_key.set(digest)
             await self.app(scope, receive, send)
             return
+        scope.setdefault("mm_engine.notes", {})["rejected"] = "api_key"
         body = error_body(
             "the API key is missing or wrong. Send it as Authorization: Bearer <key>.",
             "authentication_error",
@@ -125,14 +126,14 @@ class KeyLimits:
         """Let a request begin; `end` has to follow.
 
         Raises:
-            Overloaded: its key has as many as it may have.
+            RateLimited: its key has as many as it may have.
         """
         account = self._accounts.get(key)
         if account is None:
             account = _Account(tokens=float(self._max_per_minute or 0), filled=self._now())
             self._accounts[key] = account
         if self._max_running is not None and account.num_running >= self._max_running:
-            raise Overloaded(
+            raise RateLimited(
                 f"too many requests at once: {self._max_running} are answered for each key. "
                 "Send the request again when one has ended."
             )
@@ -150,7 +151,7 @@ class KeyLimits:
         account.tokens, account.filled = min(float(rate), account.tokens + gained), now
         if account.tokens < 1:
             seconds = (1 - account.tokens) * 60 / rate
-            raise Overloaded(
+            raise RateLimited(
                 f"too many requests in a minute: {rate} are taken for each key. "
                 "Send the request again later.",
                 retry_after=math.ceil(seconds),

@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mm_engine.errors import RequestError
-from mm_engine.server.errors import error_response
+from mm_engine.server.errors import error_response, note_error
 
 LINGER_BYTES = 64 * 2**20  # of a body that is over the cap: read and dropped, not kept
 LINGER_SECONDS = 5.0
@@ -31,7 +31,9 @@ class BodyLimit:
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > self.max_bytes):
             if "expect" not in headers:  # else the client waits for a go-ahead and has sent nothing
                 await _linger(receive)
-            await error_response(self._error())(scope, receive, send)
+            error = self._error()
+            note_error(scope, error)
+            await error_response(error)(scope, receive, send)
             return
         num_bytes = 0
 

@@ -1,41 +1,34 @@
-"""The log: one line for each event on stderr, without prompts, keys, pictures or tracebacks."""
+"""The server's own log, on stderr; the format that its other processes share is `mm_engine.log`."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from typing import Literal
 
 from rich.console import Console
 from rich.logging import RichHandler
 
-from mm_engine.server.errors import place_of
+from mm_engine.log import Format, JSONLines, NoTraceback, TextLines, send_to
 
 
-class NoTraceback(logging.Filter):
-    """Replaces a traceback, whose values could be anyone's, by its place."""
+def configure_logging(level: str, style: Format | Literal["auto"] = "auto") -> None:
+    """Send the log of mm-engine and uvicorn to stderr.
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Rewrite the record; always keep it (called by logging)."""
-        if record.exc_info and record.exc_info[1] is not None:
-            record.msg = f"{record.getMessage().strip()}: {place_of(record.exc_info[1])}"
-            record.args = None
-        record.exc_info = record.exc_text = None
-        return True
-
-
-def configure_logging(level: str) -> None:
-    """Send the log of mm-engine and uvicorn to stderr; coloured on a terminal."""
+    `auto` is text on a terminal, where it is coloured, and JSON elsewhere.
+    """
+    terminal = sys.stderr.isatty()
     handler: logging.Handler
-    if sys.stderr.isatty():
+    if style == "json" or (style == "auto" and not terminal):
+        handler = logging.StreamHandler()
+        handler.setFormatter(JSONLines("server"))
+    elif terminal:
         handler = RichHandler(
             console=Console(stderr=True), show_path=False, omit_repeated_times=False
         )
+        handler.setFormatter(TextLines("%(message)s"))
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(TextLines("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(NoTraceback())
-    for name, own_level in (("mm_engine", level.upper()), ("uvicorn", "WARNING")):
-        logger = logging.getLogger(name)
-        logger.handlers[:] = [handler]
-        logger.setLevel(own_level)
-        logger.propagate = False
+    send_to(handler, level.upper(), "uvicorn")

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from mm_engine.contract import contract_version
 from mm_engine.inputs.fetch import OUTCOMES, Outcome
 from mm_engine.plugins.record import PluginRecord
+from mm_engine.server.errors import REJECTIONS
 
 if TYPE_CHECKING:
     from mm_engine.engine.status import EngineStats
@@ -140,6 +150,13 @@ class Metrics:
         )
         contract = contract_version()
         served.labels(plugin.distribution, plugin.version, plugin.architecture, contract).set(1)
+        build = self._gauge(
+            "build_info", "The version of mm-engine that runs; always 1", ["version"]
+        )
+        build.labels(metadata.version("mm-engine")).set(1)
+        self._gauge("start_time_seconds", "When the server started, in seconds since 1970").set(
+            time.time()
+        )
         self.engine = EngineCollector(processed)
         self.registry.register(self.engine)
         self.requests = Counter(
@@ -148,15 +165,38 @@ class Metrics:
             ["route", "status"],
             registry=self.registry,
         )
-        self.in_flight = Gauge(
-            "mm_engine_num_requests_in_flight",
-            "Completion requests being answered",
+        self.http_seconds = Histogram(
+            "mm_engine_http_request_duration_seconds",
+            "From an HTTP request's arrival to its last byte, whatever the answer",
+            ["route"],
+            buckets=SECONDS,
             registry=self.registry,
         )
         self.restarts = Counter(
             "mm_engine_restarts",
             "Engines that were started in the place of one that had died",
             registry=self.registry,
+        )
+        self.rejected = Counter(
+            "mm_engine_requests_rejected",
+            f"Completion requests that weren't taken, by the reason: {', '.join(REJECTIONS)}",
+            ["reason"],
+            registry=self.registry,
+        )
+        for reason in REJECTIONS:
+            self.rejected.labels(reason)  # shown from the start, as 0
+        self.plugin_errors = Counter(
+            "mm_engine_plugin_errors",
+            "Requests that failed because a plugin broke its contract",
+            registry=self.registry,
+        )
+        self.in_flight = self._gauge("num_requests_in_flight", "Completion requests being answered")
+        self.queued_prompts = self._gauge(
+            "num_queued_prompts", "Prompts that are admitted and not yet answered, running or not"
+        )
+        self.max_queued_prompts = self._gauge(
+            "max_queued_prompts",
+            "The most of them; more are refused with status 429 (--max-queued-requests)",
         )
         self.request_seconds = self._histogram(
             "e2e_request_latency_seconds", "From a completion request's arrival to its last byte"
@@ -194,7 +234,7 @@ class Metrics:
             registry=self.registry,
         )
         for reason in REASONS:
-            self.ended.labels(reason)  # shown from the start, as 0
+            self.ended.labels(reason)
         self._fetches = Counter(
             "mm_engine_media_fetches",
             f"Images fetched from other hosts, by how that ended: {', '.join(OUTCOMES)}",
@@ -203,6 +243,7 @@ class Metrics:
         )
         for outcome in OUTCOMES:
             self._fetches.labels(outcome)
+        ProcessCollector(registry=self.registry)  # of the server's process; Linux alone tells
         self._fetch_seconds = self._histogram(
             "media_fetch_seconds", "From the start of an image's fetch to its end, however it ended"
         )
@@ -222,6 +263,9 @@ class Metrics:
         self.engine.stats = stats or self.engine.stats
         self.engine.alive = alive
         return generate_latest(self.registry)
+
+    def _gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
+        return Gauge(f"mm_engine_{name}", text, labels, registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float] = SECONDS) -> Histogram:
         return Histogram(f"mm_engine_{name}", text, buckets=buckets, registry=self.registry)

@@ -20,6 +20,7 @@ from mm_engine.config import EngineConfig
 from mm_engine.engine.launch import Launch, launched
 from mm_engine.errors import StartupError
 from mm_engine.light_imports import import_transformers
+from mm_engine.log import adopt_libraries
 from mm_engine.server.mapper_options import check_allowed
 from mm_engine.server.settings import ServerSettings
 from mm_engine.server.status_line import log_status
@@ -69,9 +70,13 @@ def serve(
     Call from the main thread. `on_start` is called when requests are taken.
 
     Raises:
-        StartupError: the port is in use, or the model can't be loaded.
+        StartupError: the port is in use, the model can't be loaded, or OpenTelemetry is missing.
         PluginError: the plugin broke its contract on its own dummy data.
     """
+    if settings.otlp_traces_endpoint is not None:
+        from mm_engine.server.tracing import check_endpoint
+
+        check_endpoint(settings.otlp_traces_endpoint)  # before anything is loaded
     with (
         contextlib.suppress(Stopped),
         _stop_on_signals(),
@@ -79,6 +84,7 @@ def serve(
         launched() as launch,
     ):
         import_transformers(*SLOW_IMPORTS)
+        adopt_libraries()
         from mm_engine.inputs.pipeline import InputPipeline
         from mm_engine.worker.loader import open_model
 
@@ -194,6 +200,8 @@ async def _serve(
             )
         finally:
             await service.close()
+            if service.traces is not None:
+                service.traces.close()
             client = service.client  # perhaps another by now
     finally:
         await client.close()

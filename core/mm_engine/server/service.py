@@ -31,6 +31,7 @@ from mm_engine.server.structure import StructureFields
 if TYPE_CHECKING:
     from mm_engine.engine.client import EngineClient
     from mm_engine.inputs.pipeline import InputPipeline
+    from mm_engine.server.tracing import Traces
 
 T = TypeVar("T")
 RESTART_SECONDS = 5  # after which a client may ask again, while an engine is started
@@ -113,6 +114,9 @@ class Service:
         self.num_tokens = 0  # of prompts, admitted and without a token of an answer
         self.draining = False
         self.restarting = False  # the engine has died, and another is being started
+        self.metrics.queued_prompts.set_function(lambda: self.num_prompts)
+        self.metrics.max_queued_prompts.set(settings.max_queued_requests)
+        self.traces: Traces | None = None
         max_images = pipeline.ctx.limits.get("image", 0)
         self.media_limits = dataclasses.replace(settings.media, max_images=max_images)
         self._fetcher = _fetcher(settings, self.media_limits, self.metrics)

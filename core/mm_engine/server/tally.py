@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mm_engine.errors import RequestError
+from mm_engine.outputs import RequestTimes
 from mm_engine.request import Request
 from mm_engine.server.answer import News
 from mm_engine.server.metrics import Metrics
@@ -21,10 +23,24 @@ class _Completion:
     last_token: float = 0.0
 
 
+@dataclass(slots=True)
+class Timeline:
+    """When one prompt was worked on; times are `time.perf_counter()`, of the first and last token.
+
+    `times` tells what came before the first one; None: there is none.
+    """
+
+    times: RequestTimes | None = None
+    first: float = 0.0
+    last: float = 0.0
+
+
 class Tally:
     """Counts the answers to some requests; `arrived` is `time.perf_counter()` at their arrival."""
 
     def __init__(self, requests: Sequence[Request], metrics: Metrics, arrived: float) -> None:
+        self.requests = requests
+        self.timelines = [Timeline() for _ in requests]
         self.num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
         self.num_items = sum(len(request.items) for request in requests)
         self.num_completion_tokens = 0
@@ -47,7 +63,10 @@ class Tally:
         """Count what is new."""
         prompt, output, came = news
         self._num_cached[prompt] = max(self._num_cached[prompt], output.num_cached_tokens)
+        line = self.timelines[prompt]
+        line.last = came
         if output.times is not None:
+            line.times, line.first = output.times, came
             self._metrics.queue_seconds.observe(output.times.queue)
             self._metrics.prefill_seconds.observe(output.times.prefill)
         for new in output.outputs:
@@ -91,8 +110,25 @@ class Tally:
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=self.num_completion_tokens,
             total_tokens=self.num_prompt_tokens + self.num_completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._num_cached.values())),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self.num_cached_tokens),
         )
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompts that were found in the KV cache."""
+        return sum(self._num_cached.values())
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The counts so far, for a line of the log in JSON."""
+        first = self.first_token_seconds
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_completion_tokens,
+            "images": self.num_items,
+            "first_token_seconds": None if first is None else round(first, 6),
+            "finish_reasons": self.finish_reasons,
+        }
 
     def __str__(self) -> str:
         parts = [

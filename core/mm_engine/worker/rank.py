@@ -1,7 +1,7 @@
-"""A rank's process: `python -m mm_engine.worker.rank FOLDER RANK PARENT_PID LOG_LEVEL`.
+"""A rank's process: `python -m mm_engine.worker.rank FOLDER RANK PARENT_PID LEVEL FORMAT`.
 
-Started by `Ranks`. It holds a part of the model, computes what rank 0 tells it, and lives as long
-as its parent wants.
+Started by `Ranks`; level and format are the log's. It holds a part of the model, computes what
+rank 0 tells it, and lives as long as its parent wants.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mm_engine.log import adopt_libraries, configure_child, told_of
 from mm_engine.processes import end_with_parent, leave_signals_to_parent
 
 if TYPE_CHECKING:
@@ -19,17 +20,16 @@ if TYPE_CHECKING:
     from mm_engine.worker.model_shard import ModelShard
     from mm_engine.worker.rank_group import RankGroup
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("mm_engine.worker.rank")  # `__name__` is that of a program
 
 
-def main(folder: Path, rank: int, parent_pid: int, log_level: int) -> int:
+def main(folder: Path, rank: int, parent_pid: int, log_level: int, log_format: str) -> int:
     """Serve rank 0; returns the exit status."""
     leave_signals_to_parent()
     end_with_parent(parent_pid, folder)
-    logging.basicConfig(format=f"%(asctime)s %(levelname)s rank {rank}: %(message)s")
     # What it has to say, rank 0 says too, but for what is looked for at level debug.
     quiet = log_level if log_level <= logging.DEBUG else max(log_level, logging.WARNING)
-    logging.getLogger("mm_engine").setLevel(quiet)
+    configure_child(quiet, log_format, "rank", rank)
 
     from mm_engine.plugins.tolerance import pass_over_damage
 
@@ -38,6 +38,7 @@ def main(folder: Path, rank: int, parent_pid: int, log_level: int) -> int:
 
     # Takes seconds: after all of the above.
     import_transformers("mm_engine.worker.model_shard")
+    adopt_libraries()
     return Rank(folder, rank).serve()
 
 
@@ -87,7 +88,7 @@ class Rank:
         from mm_engine.worker import rank_wire
 
         name, told = type(error).__name__, one_line(error)
-        logger.warning("What rank 0 said last has failed: %s", told)
+        logger.warning("What rank 0 said last has failed: %s", told_of(error))
         logger.debug("Its traceback:", exc_info=error)
         if name in ERRORS_BY_NAME:  # rank 0 raises it again, as it is
             told = str(error)
@@ -169,6 +170,7 @@ class Rank:
 
 
 if __name__ == "__main__":
-    status = main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    number, parent, level = map(int, sys.argv[2:5])
+    status = main(Path(sys.argv[1]), number, parent, level, sys.argv[5])
     logging.shutdown()
     os._exit(status)  # taking NCCL down in order would wait for the others

@@ -25,6 +25,7 @@ import zmq
 
 from mm_engine.config import EngineConfig
 from mm_engine.errors import ERRORS_BY_NAME, EngineDead, StartupError
+from mm_engine.log import format_in_use, told_of
 from mm_engine.plugins.blame import may_be_the_users, one_line
 from mm_engine.plugins.record import PluginRecord
 from mm_engine.processes import how_it_ended, private_folder, spawn
@@ -69,7 +70,9 @@ class Ranks:
                 self._sockets.append(socket)
                 socket.set_hwm(0)
                 socket.bind(f"ipc://{self._folder / f'commands-{rank}'}")
-                process = spawn("mm_engine.worker.rank", self._folder, rank, os.getpid(), level)
+                process = spawn(
+                    "mm_engine.worker.rank", self._folder, rank, os.getpid(), level, format_in_use()
+                )
                 self._watch.processes.append(process)
         except BaseException:  # the system has no process to give, say
             self._end()
@@ -165,7 +168,7 @@ class Ranks:
             try:
                 event = self._next_event(deadline)
             except TimeoutError:
-                logger.error("Rank 0 failed: %s", one_line(error))
+                logger.error("Rank 0 failed: %s", told_of(error))
                 self._watch.die_of(0, type(error).__name__)
                 return
             if isinstance(event, rank_wire.Failed):

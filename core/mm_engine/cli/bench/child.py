@@ -35,7 +35,7 @@ def main(parent_pid: int, options: dict[str, Any]) -> int:
     from mm_engine.server.run import serve
     from mm_engine.server.settings import ServerSettings
 
-    configure_logging("warning")
+    configure_logging("warning", "text")  # the parent reads lines
     max_queued_requests = options.pop("max_queued_requests")
     try:
         config = EngineConfig(**{**options, "plugins": tuple(options["plugins"])}, progress=False)
