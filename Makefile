@@ -10,7 +10,7 @@ BUILD := hatchling editables scikit-build-core nanobind cmake ninja
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 KERNELS := kernels/pyproject.toml kernels/cmake/CMakeLists.txt $(wildcard kernels/cpp/*)
 
-.PHONY: serve test lint bench docs defects contract wheels venv
+.PHONY: serve test lint bench docs defects clients contract wheels venv
 
 serve: $(INSTALLED) ## Serve the demo checkpoint, or what ARGS names: make serve PORT=8123
 	$(BIN)/engine serve --port $(PORT) $(ARGS)
@@ -35,6 +35,9 @@ contract: $(INSTALLED) ## Record the public contract; a break needs a new minor 
 
 defects: $(INSTALLED) ## Put defects into mm-llava-next and record what `engine plugins check` says
 	PYTHONPATH=tests $(BIN)/python docs/record_defects.py
+
+clients: $(INSTALLED) ## Call a server with LangChain, LlamaIndex and npm's openai, installed apart; needs a network
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py $(ARGS)
 
 wheels: $(INSTALLED) ## All wheels into dist/. The kernels' runs where glibc is as new as here
 	rm -rf dist

@@ -108,7 +108,7 @@ class ServerProcess:
         def ready() -> bool:
             if self.process.poll() is not None:
                 raise AssertionError(f"exited with {self.process.returncode}:\n{self.output}")
-            found[:] = re.findall(r"address +(http://\S+?)/v1", self.output)
+            found[:] = re.findall(r"address +(https?://\S+?)/v1", self.output)
             return bool(found)
 
         wait_until(ready, "the server's address", START_SECONDS)

@@ -94,6 +94,13 @@ def test_these_import_no_torch(module: str) -> None:
     assert {"torch", "transformers"} & modules == set()
 
 
+@pytest.mark.parametrize("module", ["mm_engine.inputs.fetch", "mm_engine.inputs.local_files"])
+def test_images_of_other_hosts_take_no_client_until_one_is_fetched(module: str) -> None:
+    _, modules = run(f"import {module}")
+    assert module in modules
+    assert {"httpx", "httpcore", "anyio", "torch"} & modules == set()
+
+
 def test_an_answer_to_a_picture_takes_no_compiler() -> None:
     num_tokens, modules = run(ANSWER)
     assert num_tokens == 2

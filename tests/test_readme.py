@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +17,7 @@ import pytest
 from checkpoints import make_llava
 from mm_engine import LLM, SamplingParams
 from parity import picture
+from serving import ENGINE, ServerProcess
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,6 +41,48 @@ def test_the_plugin_on_one_screen_serves_a_model(tmp_path: Path) -> None:
     assert output.error is None
     assert len(output.outputs[0].token_ids) == 5
     assert output.prompt_token_ids.count(llm.pipeline._placeholder) == 16
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """What `make serve` runs, on another port."""
+    with ServerProcess(tmp_path_factory.mktemp("served")) as started:
+        yield started
+
+
+PORT = "http://127.0.0.1:8123"
+
+
+def test_the_question_in_python_has_the_answer_that_is_shown(made: ServerProcess) -> None:
+    (code,) = re.findall(r"```python\n(import base64\n.*?)```", README, re.DOTALL)
+    assert PORT in code
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace(PORT, made.url)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        check=True,
+    )
+    assert code.splitlines()[-1] == f"# {done.stdout.strip()}"
+
+
+def test_the_conversation_has_the_answers_that_are_shown(made: ServerProcess) -> None:
+    (block,) = re.findall(r"```console\n\$ (engine chat --url .*?)```", README, re.DOTALL)
+    command, *lines = block.splitlines()
+    typed = [line.removeprefix("> ") for line in lines if line.startswith("> ")]
+    shown = [line for line in lines if not line.startswith("> ")]
+    assert len(typed) > len(shown) > 1 and PORT in command
+    done = subprocess.run(
+        [ENGINE, *shlex.split(command.replace(PORT, made.url))[1:]],
+        input="\n".join(typed),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        check=True,
+    )
+    assert done.stdout.splitlines() == shown
 
 
 def test_every_file_that_is_linked_exists() -> None:

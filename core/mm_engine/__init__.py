@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from mm_engine.outputs import CompletionOutput, RequestOutput
     from mm_engine.sampling_params import SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]
 
 _HOMES = {
     "LLM": "mm_engine.llm",
     "CompletionOutput": "mm_engine.outputs",
     "RequestOutput": "mm_engine.outputs",
     "SamplingParams": "mm_engine.sampling_params",
+    "StructuredOutputsParams": "mm_engine.sampling_params",
 }
 
 

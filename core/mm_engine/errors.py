@@ -32,14 +32,25 @@ class RequestError(MMEngineError):
 
 
 class Overloaded(MMEngineError):
-    """The bounded queue is full (429) or the server is draining (503)."""
+    """The bounded queue is full (429) or the server is draining (503).
+
+    `reason` is a word for what there is too much of, which counts such refusals.
+    """
 
     kind = "overloaded_error"
 
-    def __init__(self, message: str, *, retry_after: int = 1, status: int = 429) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after: int = 1,
+        status: int = 429,
+        reason: str = "queue_full",
+    ) -> None:
         super().__init__(message)
         self.retry_after = retry_after
         self.status = status
+        self.reason = reason
 
 
 class PluginError(MMEngineError):
@@ -49,10 +60,24 @@ class PluginError(MMEngineError):
 
 
 class EngineDead(MMEngineError):
-    """The engine process is gone; nothing it was asked will be answered."""
+    """The engine process is gone; nothing it was asked will be answered.
+
+    `retry_after` is given where another engine is being started: seconds.
+    """
 
     status = 503
     kind = "engine_dead"
+
+    def __init__(self, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(MMEngineError):
+    """The time that a request had is over before its answer was whole."""
+
+    status = 504
+    kind = "timeout_error"
 
 
 class StartupError(MMEngineError):

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def private_folder(longest_name: str) -> Path:
     return folder
 
 
-def spawn(module: str, *arguments: object) -> subprocess.Popen[Any]:
+def spawn(module: str, *arguments: object, pass_fds: Collection[int] = ()) -> subprocess.Popen[Any]:
     """Run `python -m module arguments…`: a fresh interpreter, so that the program that starts it
     needs no `if __name__ == "__main__"`.
 
@@ -38,6 +39,7 @@ def spawn(module: str, *arguments: object) -> subprocess.Popen[Any]:
         [sys.executable, "-m", module, *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=2,
+        pass_fds=pass_fds,
         env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
     )
 
@@ -49,15 +51,16 @@ def leave_signals_to_parent() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def end_with_parent(parent_pid: int, folder: Path) -> None:
+def end_with_parent(parent_pid: int, folder: Path | None = None) -> None:
     """From now on watch the parent; if it dies without a word, end and leave no folder behind."""
     threading.Thread(target=_watch_parent, args=(parent_pid, folder), daemon=True).start()
 
 
-def _watch_parent(parent_pid: int, folder: Path) -> None:
+def _watch_parent(parent_pid: int, folder: Path | None) -> None:
     while os.getppid() == parent_pid:
         time.sleep(1)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

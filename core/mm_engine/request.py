@@ -73,3 +73,5 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""  # nothing is shared between requests of different salts
     priority: int = 0  # lower goes first; equal ones in order of arrival
+    #: What `sampling_params.structured_outputs` was compiled to; see worker/grammars.py.
+    grammar: bytes | None = None

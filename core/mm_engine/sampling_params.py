@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mm_engine.errors import RequestError
 
@@ -11,6 +14,7 @@ MAX_LOGPROBS = 20
 MAX_N = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256  # characters; the detokenizer holds back at most this much text
+MAX_GRAMMAR_LENGTH = 2**16  # characters of a schema, regex or grammar, or of all choices
 
 
 def _check(ok: bool, param: str, fact: str) -> None:
@@ -24,6 +28,64 @@ def _is_int(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StructuredOutputsParams:
+    """What an answer must look like: exactly one of these, as vLLM names them.
+
+    `json` may be given as a schema or as its text; it is kept as text.
+
+    Raises:
+        RequestError: none or several are given, or one is of the wrong type or too long.
+    """
+
+    json: str | Mapping[str, Any] | bool | None = None  # a JSON schema
+    regex: str | None = None  # the whole answer matches it
+    choice: tuple[str, ...] | None = None  # the answer is one of these
+    grammar: str | None = None  # in xgrammar's EBNF; it begins at `root`
+    json_object: bool | None = None  # any JSON object
+    structural_tag: str | None = None  # xgrammar's: free text with structured parts, as JSON
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__  # frozen: normalising is part of construction
+        if self.json is not None and not isinstance(self.json, str):
+            try:
+                set_field(self, "json", json.dumps(self.json, allow_nan=False))
+            except (TypeError, ValueError, RecursionError):
+                _check(False, "structured_outputs.json", "must be a JSON schema")
+        if isinstance(self.choice, list | tuple):
+            set_field(self, "choice", tuple(self.choice))
+        set_field(self, "json_object", self.json_object or None)  # False asks for nothing
+        given = [name for name in _STRUCTURES if getattr(self, name) is not None]
+        names = ", ".join(_STRUCTURES)
+        _check(len(given) == 1, "structured_outputs", f"must have exactly one of {names}")
+        self._check(given[0])
+
+    def _check(self, name: str) -> None:
+        value, param = getattr(self, name), f"structured_outputs.{name}"
+        length = 0
+        if name == "json_object":
+            _check(value is True, param, "must be true")
+        elif name == "choice":
+            ok = isinstance(value, tuple) and value and all(isinstance(v, str) for v in value)
+            _check(bool(ok), param, "must hold strings, at least one")
+            _check(all(value), param, "must hold no empty string")
+            length = sum(map(len, value))
+        else:
+            _check(isinstance(value, str) and bool(value), param, "must be a text that isn't empty")
+            length = len(value)
+        _check(
+            length <= MAX_GRAMMAR_LENGTH, param, f"has at most {MAX_GRAMMAR_LENGTH:,} characters"
+        )
+
+    @property
+    def kind(self) -> str:
+        """Which of the fields is given."""
+        return next(name for name in _STRUCTURES if getattr(self, name) is not None)
+
+
+_STRUCTURES = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +114,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives to report; 0 reports the chosen token only
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -103,6 +166,15 @@ class SamplingParams:
             for t, b in self.logit_bias.items()
         )
         _check(ok, "logit_bias", "must map token ids to numbers from -100 to 100")
+        self._check_structure()
+
+    def _check_structure(self) -> None:
+        structure = self.structured_outputs
+        ok = structure is None or isinstance(structure, StructuredOutputsParams)
+        _check(ok, "structured_outputs", "must be a StructuredOutputsParams")
+        if structure is not None:  # its end is where the structure ends, and nowhere else
+            _check(not self.ignore_eos, "ignore_eos", "can't be combined with structured output")
+            _check(not self.min_tokens, "min_tokens", "can't be combined with structured output")
 
     @property
     def greedy(self) -> bool:

@@ -20,7 +20,7 @@ def engine(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 PLUGINS_COMMANDS = tuple(f"plugins {name}" for name in ("list", "new", "doctor", "trace"))
 BENCH_COMMANDS = tuple(f"bench {name}" for name in ("latency", "throughput", "serve", "startup"))
-COMMANDS = ("", "serve", "generate", "bench", *BENCH_COMMANDS, "plugins", *PLUGINS_COMMANDS)
+COMMANDS = ("", "serve", "chat", "generate", "bench", *BENCH_COMMANDS, "plugins", *PLUGINS_COMMANDS)
 
 
 @pytest.mark.parametrize("command", [command.split() for command in COMMANDS], ids=COMMANDS)
@@ -59,6 +59,9 @@ def test_version_names_the_plugins() -> None:
     [
         (["serve", "--kv-cache-memory", "lots"], "--kv-cache-memory is no size: lots"),
         (["serve", "--limit-mm-per-prompt", "4"], "--limit-mm-per-prompt can't be read: 4"),
+        (["serve", "--allowed-media-domains", "a.com,*.com"], "names too much: *.com"),
+        (["serve", "--allowed-media-domains", "http://a.com"], "can't be read: http://a.com"),
+        (["serve", "--allowed-local-media-path", "/no/such"], "is no folder: /no/such"),
         (["serve", "--speculative-config", "ngram"], "can't be read: 'ngram'"),
         (["bench", "latency", "--speculative-config", "[5]"], "can't be read: [5]"),
         (["serve", "--speculative-config", '{"method": "eagle"}'], "isn't known: 'eagle'"),

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from mm_engine.cli import generate, serve
 from mm_engine.cli.bench.engine_flags import EngineFlags
+from mm_engine.cli.chat.command import chat
 from mm_engine.cli.main import app
 from mm_engine.cli.options import engine_options, parse_limits, parse_size, parse_speculation
 from mm_engine.config import EngineConfig
@@ -152,16 +153,18 @@ def defaults(command: Callable[..., Any]) -> dict[str, Any]:
 
 
 def test_no_command_has_defaults_of_its_own() -> None:
-    """What `engine bench` measures and `engine generate` asks is what `engine serve` serves."""
+    """What `engine bench` measures and the others ask is what `engine serve` serves."""
     served = defaults(serve.serve)
     measured = {field.name: field.default for field in dataclasses.fields(EngineFlags)}
     assert measured.pop("max_decode_slowdown") is None  # depends on the command
     del measured["model"]
     assert len(measured) > 10
     assert {name: served[name] for name in measured} == measured
-    asked = defaults(generate.generate)
-    shared = asked.keys() & measured.keys()
-    assert {name: asked[name] for name in shared} == {name: served[name] for name in shared}
+    for command in (generate.generate, chat):
+        asked = defaults(command)
+        shared = asked.keys() & measured.keys()
+        assert len(shared) > 10
+        assert {name: asked[name] for name in shared} == {name: served[name] for name in shared}
 
     config, fields = EngineConfig(model="m"), engine_options(**measured)
     assert {name: getattr(config, name) for name in fields} == fields

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from bad_fields import DETOKENIZE_FIELDS, RESPONSE_FIELDS, TOKENIZE_FIELDS, items
 from pictures import data_url, encode, png_of_size, quarters
 from serving import ServerProcess, sse_events, wait_until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES, TOKENIZE, DETOKENIZE = "/v1/responses", "/tokenize", "/detokenize"
 SECRET = "s3cr3t"
 ROOT = str(Path(__file__).parents[2])  # where the sources lie
 PICTURE = encode(quarters(96, 96))
@@ -32,6 +34,15 @@ TEXT = {"type": "text", "text": SECRET}
 GOOD: dict[str, dict[str, Any]] = {
     CHAT: {"messages": message(image(data_url(PICTURE)), TEXT), "max_tokens": 2},
     COMPLETIONS: {"prompt": SECRET, "max_tokens": 2},
+    RESPONSES: {"input": items(image(data_url(PICTURE)), TEXT), "max_output_tokens": 2},
+    TOKENIZE: {"messages": message(image(data_url(PICTURE)), TEXT)},
+    DETOKENIZE: {"tokens": [1, 2, 3]},
+}
+#: The field that holds the messages, and what makes it of a chat's parts.
+MESSAGES = {
+    CHAT: ("messages", message),
+    RESPONSES: ("input", items),
+    TOKENIZE: ("messages", message),
 }
 JPEG = encode(quarters(), "JPEG")
 
@@ -96,9 +107,9 @@ FIELDS: list[tuple[str, Any, str]] = [  # field, value, the `param` of the answe
     ("stream_options", {"include_usage": True}, "stream_options"),
     ("model", 5, "model"),
     ("best_of", 2, "best_of"),
-    ("response_format", {"type": "json_object"}, "response_format"),
-    ("guided_regex", "(a+)+$", "guided_regex"),
-    ("structured_outputs", {"json": {}}, "structured_outputs"),
+    ("response_format", {"type": "yaml"}, "response_format"),
+    ("guided_regex", "(a", "guided_regex"),
+    ("structured_outputs", {"json": {"not": {}}}, "structured_outputs"),
     ("prompt_logprobs", 1, "prompt_logprobs"),
     ("use_beam_search", True, "use_beam_search"),
 ]
@@ -106,7 +117,7 @@ CHAT_FIELDS: list[tuple[str, Any, str]] = [
     ("logprobs", 5, "logprobs"),
     ("top_logprobs", 3, "top_logprobs"),
     ("max_completion_tokens", 0, "max_completion_tokens"),
-    ("tools", [{"type": "function"}], "tools"),
+    ("tools", [{"type": "function"}], "tools.0.function"),
     ("tool_choice", "auto", "tool_choice"),
     ("functions", [{}], "functions"),
     ("audio", {"voice": "x"}, "audio"),
@@ -116,7 +127,7 @@ CHAT_FIELDS: list[tuple[str, Any, str]] = [
     ("messages", None, "messages"),
     ("messages", SECRET, "messages"),
     ("messages", [{"content": "x"}], "messages.0.role"),
-    ("messages", [{"role": "tool", "content": "x"}], "messages.0.role"),
+    ("messages", [{"role": "function", "content": "x"}], "messages.0.role"),
     ("messages", [{"role": "user"}], "messages.0.content"),
     ("messages", [{"role": "user", "content": 5}], "messages.0.content"),
     ("messages", message({"type": "video_url"}), "messages.0.content.0"),
@@ -150,13 +161,16 @@ COMPLETION_FIELDS: list[tuple[str, Any, str]] = [
 CASES = [
     *((CHAT, *case) for case in FIELDS + CHAT_FIELDS),
     *((COMPLETIONS, *case) for case in FIELDS + COMPLETION_FIELDS),
+    *((RESPONSES, *case) for case in FIELDS + RESPONSE_FIELDS),
+    *((TOKENIZE, *case) for case in TOKENIZE_FIELDS),
+    *((DETOKENIZE, *case) for case in DETOKENIZE_FIELDS),
 ]
 
 
 @pytest.mark.parametrize(
     ("route", "field", "value", "param"),
     CASES,
-    ids=[f"{r.split('/')[2]}-{f}={repr(v)[:24]}" for r, f, v, _ in CASES],
+    ids=[f"{r.removeprefix('/v1/').split('/')[0]}-{f}={repr(v)[:24]}" for r, f, v, _ in CASES],
 )
 def test_a_bad_field_is_refused_by_name(
     server: ServerProcess, route: str, field: str, value: Any, param: str
@@ -164,7 +178,6 @@ def test_a_bad_field_is_refused_by_name(
     check_error(server.http.post(route, json={**GOOD[route], field: value}), 400, param)
 
 
-URL = "messages.0.content.0.image_url"
 IMAGES: dict[str, str] = {
     "remote": "https://example.com/s3cr3t.png",
     "loopback": "http://127.0.0.1:1/s3cr3t",
@@ -186,32 +199,43 @@ IMAGES: dict[str, str] = {
 }
 
 
+def said(route: str, *parts: Any, **fields: Any) -> dict[str, Any]:
+    """The route's good body with another message."""
+    field, made = MESSAGES[route]
+    return {**GOOD[route], field: made(*parts), **fields}
+
+
 @pytest.mark.parametrize("case", IMAGES)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_a_bad_image_is_refused(server: ServerProcess, case: str, stream: bool) -> None:
-    request = {**GOOD[CHAT], "messages": message(image(IMAGES[case]), TEXT), "stream": stream}
-    check_error(server.http.post(CHAT, json=request), 400, URL)
+@pytest.mark.parametrize("route", MESSAGES)
+def test_a_bad_image_is_refused(server: ServerProcess, route: str, case: str, stream: bool) -> None:
+    request = said(route, image(IMAGES[case]), TEXT, stream=stream)
+    param = f"{MESSAGES[route][0]}.0.content.0.image_url"
+    check_error(server.http.post(route, json=request), 400, param)
 
 
-def test_the_last_image_of_many_is_named(server: ServerProcess) -> None:
-    parts = [image(data_url(PICTURE)), TEXT, image(data_url(PICTURE[:50]))]
-    request = {**GOOD[CHAT], "messages": message(*parts)}
-    check_error(server.http.post(CHAT, json=request), 400, "messages.0.content.2.image_url")
+@pytest.mark.parametrize("route", MESSAGES)
+def test_the_last_image_of_many_is_named(server: ServerProcess, route: str) -> None:
+    request = said(route, image(data_url(PICTURE)), TEXT, image(data_url(PICTURE[:50])))
+    param = f"{MESSAGES[route][0]}.0.content.2.image_url"
+    check_error(server.http.post(route, json=request), 400, param)
+    if route == RESPONSES:  # a message before them doesn't count as one of the input's
+        check_error(server.http.post(route, json={**request, "instructions": "x"}), 400, param)
 
 
-def test_as_many_images_as_allowed_are_taken_and_no_more(server: ServerProcess) -> None:
+@pytest.mark.parametrize("route", MESSAGES)
+def test_as_many_images_as_allowed_are_taken_and_no_more(server: ServerProcess, route: str) -> None:
     picture = image(data_url(PICTURE))
-    assert server.http.post(
-        CHAT, json={**GOOD[CHAT], "messages": message(*[picture] * 8)}
-    ).is_success
-    request = {**GOOD[CHAT], "messages": message(*[picture] * 9)}
-    check_error(server.http.post(CHAT, json=request), 400, "messages")
+    assert server.http.post(route, json=said(route, *[picture] * 8)).is_success
+    response = server.http.post(route, json=said(route, *[picture] * 9))
+    check_error(response, 400, MESSAGES[route][0])
 
 
-def test_images_that_are_too_large_together_are_refused(server: ServerProcess) -> None:
+@pytest.mark.parametrize("route", MESSAGES)
+def test_images_that_are_too_large_together_are_refused(server: ServerProcess, route: str) -> None:
     picture = image(data_url(png_of_size(5000, 6000)))  # 30 megapixels, corrupt inside
-    request = {**GOOD[CHAT], "messages": message(picture, picture, picture)}
-    error = check_error(server.http.post(CHAT, json=request), 400, "messages.0.content.2.image_url")
+    response = server.http.post(route, json=said(route, picture, picture, picture))
+    error = check_error(response, 400, f"{MESSAGES[route][0]}.0.content.2.image_url")
     assert "too many pixels" in error["message"]
 
 
@@ -261,6 +285,8 @@ def test_another_model_is_404(server: ServerProcess, route: str) -> None:
         ("GET", "/v1/models/s3cr3t", 404),
         ("GET", CHAT, 405),
         ("PUT", COMPLETIONS, 405),
+        ("PUT", RESPONSES, 405),
+        ("GET", TOKENIZE, 405),
         ("DELETE", "/v1/models", 405),
         ("POST", "/health", 405),
     ],
@@ -271,6 +297,17 @@ def test_unknown_routes_and_methods_have_the_same_shape(
     response = server.http.request(method, path)
     check_error(response, status, "model" if "/models/" in path else None)
     assert ("allow" in response.headers) == (status == 405)
+
+
+def test_what_is_refused_is_refused_before_a_stream_of_events_starts(server: ServerProcess) -> None:
+    request = {**GOOD[RESPONSES], "stream": True}
+    with server.http.stream("POST", RESPONSES, json=request) as response:
+        assert "event: response.incomplete" in list(response.iter_lines())
+    check_error(
+        server.http.post(RESPONSES, json={**request, "max_output_tokens": 10**6}),
+        400,
+        "max_output_tokens",
+    )
 
 
 def test_what_is_refused_is_refused_before_a_stream_starts(server: ServerProcess) -> None:
@@ -288,9 +325,10 @@ def test_a_neighbour_is_not_disturbed_and_nothing_is_kept(server: ServerProcess)
     with server.http.stream("POST", COMPLETIONS, json={**long, "stream": True}) as response:
         events = sse_events(response.iter_lines())
         text = json.loads(next(events))["choices"][0]["text"]
-        for case in IMAGES.values():
-            request = {**GOOD[CHAT], "messages": message(image(case), TEXT)}
-            check_error(server.http.post(CHAT, json=request), 400, URL)
+        for route, (field, _) in MESSAGES.items():
+            for case in IMAGES.values():
+                refused = server.http.post(route, json=said(route, image(case), TEXT))
+                check_error(refused, 400, f"{field}.0.content.0.image_url")
         text += "".join(json.loads(e)["choices"][0]["text"] for e in events if e != "[DONE]")
     assert text == alone
     wait_until(lambda: server.is_idle, "everything given back")

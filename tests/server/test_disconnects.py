@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import socket
+from typing import Any
 
+import pytest
 from openai import OpenAI
 
 from serving import ServerProcess, wait_until
 
-LONG = {"prompt": "circle", "max_tokens": 3000, "ignore_eos": True}
+LONG: dict[str, Any] = {"prompt": "circle", "max_tokens": 3000, "ignore_eos": True}
+LONG_RESPONSE = {"input": "circle", "max_output_tokens": 3000, "ignore_eos": True}
+ROUTES = {"/v1/completions": LONG, "/v1/responses": LONG_RESPONSE}
 
 
-def test_leaving_a_stream_aborts_it(server: ServerProcess) -> None:
-    body = {**LONG, "stream": True}
-    with server.http.stream("POST", "/v1/completions", json=body) as response:
+@pytest.mark.parametrize("route", ROUTES)
+def test_leaving_a_stream_aborts_it(server: ServerProcess, route: str) -> None:
+    body = {**ROUTES[route], "stream": True}
+    with server.http.stream("POST", route, json=body) as response:
         lines = response.iter_lines()  # kept: httpx closes the response along with its iterator
         next(lines)
         assert server.metric("mm_engine_num_requests_running") == 1
@@ -22,23 +27,31 @@ def test_leaving_a_stream_aborts_it(server: ServerProcess) -> None:
     wait_until(lambda: server.is_idle, "everything given back")
 
 
-def test_leaving_while_waiting_for_a_whole_answer_aborts_it(server: ServerProcess) -> None:
+@pytest.mark.parametrize(
+    ("route", "body", "num_running"),
+    [("/v1/completions", {**LONG, "n": 3}, 3), ("/v1/responses", LONG_RESPONSE, 1)],
+)
+def test_leaving_while_waiting_for_a_whole_answer_aborts_it(
+    server: ServerProcess, route: str, body: dict[str, Any], num_running: int
+) -> None:
     host, port = server.url.removeprefix("http://").split(":")
-    body = json.dumps({**LONG, "n": 3}).encode()
+    content = json.dumps(body).encode()
     with socket.create_connection((host, int(port))) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
-        wait_until(lambda: server.metric("mm_engine_num_requests_running") == 3, "three to run")
-    wait_until(lambda: server.is_idle, "everything given back")
-    wait_until(lambda: "POST /v1/completions 499" in server.output, "its line in the log")
-
-
-def test_leaving_in_the_middle_of_a_body_is_no_error(server: ServerProcess) -> None:
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"
+        head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+        connection.sendall(head.encode() + content)
+        wait_until(
+            lambda: server.metric("mm_engine_num_requests_running") == num_running, "it to run"
         )
+    wait_until(lambda: server.is_idle, "everything given back")
+    wait_until(lambda: f"POST {route} 499" in server.output, "its line in the log")
+
+
+@pytest.mark.parametrize("route", [*ROUTES, "/tokenize", "/detokenize"])
+def test_leaving_in_the_middle_of_a_body_is_no_error(server: ServerProcess, route: str) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{{"
+        connection.sendall(head.encode())
         wait_until(lambda: server.metric("mm_engine_num_requests_in_flight") == 1, "it to be read")
     wait_until(lambda: server.is_idle, "everything given back")
     assert "internal error" not in server.output

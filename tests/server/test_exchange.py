@@ -77,6 +77,7 @@ class World:
             plugin=SimpleNamespace(record=record),
             processed=ProcessedItems(0),
             ctx=SimpleNamespace(limits={}),
+            grammars=None,
         )
         settings = ServerSettings(served_model_names=("x",))
         self.service = Service(self.engine, pipeline, settings)  # type: ignore[arg-type]

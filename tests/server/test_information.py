@@ -113,7 +113,28 @@ def test_openapi_describes_every_route_and_resolves(server: ServerProcess) -> No
     assert ROUTES - {"/openapi.json"} <= set(document["paths"])
     references = set(re.findall(r"#/components/schemas/(\w+)", str(document)))
     assert {"ChatRequest", "CompletionRequest", "Message", "ErrorBody"} <= references
+    assert {"ResponseRequest", "TokenizeRequest", "DetokenizeRequest"} <= references
     assert references <= set(document["components"]["schemas"])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "statuses"),
+    [
+        ("post", "/v1/responses", "200 400 401 404 408 413 429 500 503 504"),
+        ("post", "/tokenize", "200 400 401 404 408 413 429 500 503 504"),
+        ("post", "/detokenize", "200 400 401 404 408 413 429 500 503 504"),
+        ("get", "/v1/responses/{response_id}", "401 404 413"),
+        ("delete", "/v1/responses/{response_id}", "401 404 413"),
+        ("post", "/v1/embeddings", "401 404 413"),
+    ],
+)
+def test_openapi_tells_every_status_of_the_newer_routes(
+    server: ServerProcess, method: str, path: str, statuses: str
+) -> None:
+    operation = server.http.get("/openapi.json").json()["paths"][path][method]
+    assert " ".join(sorted(operation["responses"])) == statuses
+    assert ("200" in operation["responses"]) == ("requestBody" in operation)
+    assert operation["description"]
 
 
 def test_plugins_tell_the_served_one_and_what_else_is_installed(server: ServerProcess) -> None:

@@ -77,16 +77,29 @@ def test_what_outlasts_the_drain_ends_in_a_proper_error(tmp_path: Path, stream: 
 
 
 def test_when_the_engine_is_killed_clients_and_health_are_told(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path, settings={"dead_engine_timeout": 10.0}) as server:
+    settings = {"dead_engine_timeout": 10.0, "max_engine_restarts": 0}
+    with ServerProcess(tmp_path, settings=settings) as server:
         body = {**LONG, "max_tokens": 4000}
-        with server.http.stream("POST", "/v1/completions", json=body) as response:
+        own = {"input": "circle", "ignore_eos": True, "stream": True, "max_output_tokens": 2000}
+        with (
+            server.http.stream("POST", "/v1/completions", json=body) as response,
+            server.http.stream("POST", "/v1/responses", json=own) as other,
+        ):
             events = sse_events(response.iter_lines())
             next(events)
+            lines = other.iter_lines()
+            assert next(lines) == "event: response.created"
             assert server.http.get("/health").status_code == 200
             for pid in server.children:
                 os.kill(pid, signal.SIGKILL)
             rest = list(events)
+            name, data = [line for line in lines if line][-2:]
         assert json.loads(rest[-1])["error"]["type"] == "engine_dead"
+        failed = json.loads(data.removeprefix("data: "))
+        assert name == "event: response.failed" == f"event: {failed['type']}"
+        assert failed["response"]["status"] == "failed"
+        assert failed["response"]["error"]["code"] == "server_error"
+        assert failed["response"]["error"]["message"].startswith("the engine")
         health = server.http.get("/health")
         assert health.status_code == 503
         assert health.json()["error"]["type"] == "engine_dead"

@@ -14,6 +14,7 @@ import pytest
 from openai import AuthenticationError, OpenAI, RateLimitError
 
 from mm_engine.server.app import ROUTES
+from mm_engine.server.keys import OPEN_PATHS
 from pictures import data_url, encode, quarters
 from serving import KEY, ServerProcess, wait_until
 
@@ -81,7 +82,7 @@ def test_a_header_without_end_is_refused(server: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "OPTIONS"])
-@pytest.mark.parametrize("path", [*sorted(ROUTES - {"/health"}), "/", "/v1/models/first", "/no"])
+@pytest.mark.parametrize("path", [*sorted(ROUTES - OPEN_PATHS), "/", "/v1/models/first", "/no"])
 def test_every_route_and_method_wants_the_key(
     strict: ServerProcess, method: str, path: str
 ) -> None:
@@ -93,11 +94,12 @@ def test_every_route_and_method_wants_the_key(
     assert strict.http.request(method, path).status_code != 401
 
 
-def test_health_wants_no_key(strict: ServerProcess) -> None:
+@pytest.mark.parametrize("path", sorted(OPEN_PATHS))
+def test_probes_want_no_key(strict: ServerProcess, path: str) -> None:
     with httpx.Client(base_url=strict.url) as stranger:
-        assert stranger.get("/health").status_code == 200
-        assert stranger.get("/health/").status_code == 401
-        assert stranger.get("//health").status_code == 401
+        assert stranger.get(path).status_code == 200
+        assert stranger.get(f"{path}/").status_code == 401
+        assert stranger.get(f"/{path}").status_code == 401
 
 
 @pytest.mark.parametrize(

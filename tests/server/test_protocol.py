@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from typing import Any
 
@@ -16,10 +17,13 @@ from mm_engine.sampling_params import SamplingParams
 from mm_engine.server.errors import error_response
 from mm_engine.server.exchange import read_body
 from mm_engine.server.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
+from mm_engine.server.response_protocol import LOGPROBS, ResponseRequest
+from mm_engine.server.tokenize import DetokenizeRequest, TokenizeRequest
 
 GOOD: dict[type[GenerationRequest], dict[str, Any]] = {
     ChatRequest: {"messages": [{"role": "user", "content": "x"}]},
     CompletionRequest: {"prompt": "x"},
+    ResponseRequest: {"input": "x"},
 }
 FIELDS = {shape: sorted({*shape.model_fields, *shape.not_offered} | {"unknown"}) for shape in GOOD}
 SHAPES = pytest.mark.parametrize("shape", GOOD, ids=lambda shape: shape.__name__)
@@ -30,11 +34,23 @@ values = st.recursive(
     | st.integers(min_value=2**60)
     | st.floats()
     | st.text(max_size=8)
-    | st.sampled_from(["user", "text", "image_url", "data:image/png;base64,", "\ud800"]),
+    | st.sampled_from(
+        [
+            "user",
+            "text",
+            "input_text",
+            "image_url",
+            "input_image",
+            "data:image/png;base64,",
+            "\ud800",
+        ]
+    ),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "type", "text", "image_url", "url", "1", "\ud800"]),
+            st.sampled_from(
+                ["role", "content", "type", "text", "format", "image_url", "url", "1", "\ud800"]
+            ),
             inner,
             max_size=4,
         )
@@ -49,7 +65,9 @@ def read(shape: type[GenerationRequest], body: bytes) -> SamplingParams | None:
         asked = parse(shape, body)
         if isinstance(asked, CompletionRequest):
             assert all(asked.prompts())
-        assert isinstance(asked, ChatRequest | CompletionRequest)
+        if isinstance(asked, ResponseRequest):
+            assert asked.chat().messages
+        assert isinstance(asked, ChatRequest | CompletionRequest | ResponseRequest)
         return asked.sampling_params()
     except RequestError as error:
         refusal = error
@@ -81,6 +99,26 @@ def test_any_body_is_taken_or_refused(shape: type[GenerationRequest], body: byte
     read(shape, body)
 
 
+@pytest.mark.parametrize("shape", [TokenizeRequest, DetokenizeRequest])
+@settings(max_examples=200)
+@given(data=st.data())
+def test_any_value_is_tokenized_or_refused(
+    shape: type[TokenizeRequest | DetokenizeRequest], data: st.DataObject
+) -> None:
+    names = sorted({*shape.model_fields, *shape.not_offered})
+    body = data.draw(st.dictionaries(st.sampled_from(names), values, max_size=3))
+    try:
+        asked = parse(shape, json.dumps(body).encode())
+        if isinstance(asked, TokenizeRequest):
+            asked.check(2**20)
+            assert (asked.prompt is None) != (asked.messages is None)
+    except RequestError as error:
+        refusal = error_response(error)
+    else:
+        return
+    assert len(refusal.body) < 2000
+
+
 @SHAPES
 @pytest.mark.parametrize(
     ("field", "value"),
@@ -97,6 +135,8 @@ def test_defaults_are_vllms() -> None:
     completion = read(CompletionRequest, json.dumps(GOOD[CompletionRequest]).encode())
     assert chat == SamplingParams(max_tokens=None)
     assert completion == SamplingParams(max_tokens=16)
+    response = read(ResponseRequest, json.dumps(GOOD[ResponseRequest]).encode())
+    assert response == SamplingParams(max_tokens=None)
 
 
 def test_every_sampling_field_arrives() -> None:
@@ -124,6 +164,10 @@ def test_every_sampling_field_arrives() -> None:
     chat = {**GOOD[ChatRequest], **fields, "logprobs": True, "top_logprobs": 2}
     assert read(CompletionRequest, json.dumps(completion).encode()) == expected
     assert read(ChatRequest, json.dumps(chat).encode()) == expected
+    own: dict[str, Any] = {**GOOD[ResponseRequest], **fields, "max_output_tokens": 9}
+    own |= {"n": 1, "max_tokens": None, "top_logprobs": 2, "include": [LOGPROBS]}
+    one = dataclasses.replace(expected, n=1)
+    assert read(ResponseRequest, json.dumps(own).encode()) == one
 
 
 def test_a_body_that_never_ends_in_time_is_408() -> None:

@@ -132,9 +132,9 @@ def test_salt_of_any_script_is_taken(server: ServerProcess) -> None:
 
 def test_salt_is_bound_to_the_key() -> None:
     assert bound_salt(None, "mine") == "mine"
-    salts = [bound_salt(key, asked) for key in ("one", "two") for asked in ("", "mine")]
+    salts = [bound_salt(key, asked) for key in (b"one", b"two") for asked in ("", "mine")]
     assert len({"", "mine", *salts}) == 6
-    assert bound_salt("one", "mine") == salts[1]
+    assert bound_salt(b"one", "mine") == salts[1]
     assert not any("one" in salt or "mine" in salt for salt in salts)
 
 

@@ -50,6 +50,7 @@ def scrape(engine: Engine, *states: dict[str, bool]) -> list[tuple[float, float 
             plugin=SimpleNamespace(record=PluginRecord("mm-x", "1.0", "X", "mm_x.plugin")),
             processed=ProcessedItems(0),
             ctx=SimpleNamespace(limits={}),
+            grammars=None,
         )
         settings = ServerSettings(served_model_names=("x",))
         server = app.create_app(engine, pipeline, settings)  # type: ignore[arg-type]

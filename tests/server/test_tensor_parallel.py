@@ -25,7 +25,7 @@ def children_of(pid: int) -> list[int]:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ServerProcess]:
     """The demo, shared out to real processes."""
-    with ServerProcess(tmp_path, *TWO) as server:
+    with ServerProcess(tmp_path, *TWO, "--max-engine-restarts", "0") as server:
         server.children += children_of(server.children[0])  # the other rank is the engine's child
         assert len(server.children) == 2
         yield server

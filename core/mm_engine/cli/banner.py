@@ -36,7 +36,7 @@ def print_banner(started: Started) -> None:
     for name, value in rows.items():
         table.add_row(Text(name, "dim"), Text(value))
     picture = example_picture(started.pipeline.ctx.checkpoint) or Path("picture.png")
-    key = settings.api_key is not None
+    key = bool(settings.api_keys)
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     console.print(Text("\nTry it:", "dim"))

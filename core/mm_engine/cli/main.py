@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from mm_engine.cli.bench.commands import app as bench_app
+from mm_engine.cli.chat.command import chat
 from mm_engine.cli.generate import generate
 from mm_engine.cli.plugins import app as plugins_app
 from mm_engine.cli.serve import serve
@@ -29,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(serve)
+app.command()(chat)
 app.command()(generate)
 app.add_typer(bench_app, name="bench")
 app.add_typer(plugins_app, name="plugins")

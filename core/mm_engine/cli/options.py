@@ -13,6 +13,7 @@ from mm_engine.errors import StartupError
 
 MODEL_PANEL = "Model"
 MEMORY_PANEL = "Batching and memory"
+IMAGES_PANEL = "Images"
 MAX_SECONDS = 86400.0  # of any limit of time: the system's clocks take no more for certain
 
 Dtype = Annotated[
@@ -215,6 +216,27 @@ MemoryUtilization = Annotated[
         rich_help_panel=MEMORY_PANEL,
     ),
 ]
+AllowedMediaDomains = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="HOST",
+        help="Fetch images from this host, for http and https URLs: example.com, *.example.com "
+        "(all below it), example.com:8443. Public addresses only, whatever the name says. "
+        "Repeatable, or with commas. Default: none are fetched.",
+        show_default=False,
+        rich_help_panel=IMAGES_PANEL,
+    ),
+]
+AllowedLocalMediaPath = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Read images from this folder, for URLs such as file:///folder/image.png: whoever "
+        "may ask can then see what is in it. Default: no files are read.",
+        show_default=False,
+        rich_help_panel=IMAGES_PANEL,
+    ),
+]
 SpeculativeConfig = Annotated[
     str | None,
     typer.Option(
@@ -306,3 +328,21 @@ def parse_limits(text: str | None) -> dict[str, int]:
             f'--limit-mm-per-prompt can\'t be read: {text}. Write image=4, or {{"image": 4}}.'
         )
     return limits
+
+
+def check_media(domains: list[str] | None, folder: str | None) -> None:
+    """Refuse `--allowed-media-domains` and `--allowed-local-media-path` before a model is loaded.
+
+    Raises:
+        StartupError: one can't be read, there is no such folder, or https can't be checked.
+    """
+    if domains:
+        from mm_engine.inputs.fetch import authorities
+        from mm_engine.inputs.remote_urls import parse_allowed_hosts
+
+        parse_allowed_hosts(domains)
+        authorities()
+    if folder is not None:
+        from mm_engine.inputs.local_files import MediaFolder
+
+        MediaFolder(folder)

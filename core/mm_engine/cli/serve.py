@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -11,6 +12,7 @@ from mm_engine.cli.model_choice import choose_model, model_names
 from mm_engine.config import SERVED_DECODE_SLOWDOWN
 
 SERVER_PANEL = "Server"
+ACCESS_PANEL = "Access"
 
 
 def serve(
@@ -42,13 +44,72 @@ def serve(
         ),
     ] = None,
     api_key: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             envvar="MM_ENGINE_API_KEY",
             show_default=False,
-            help="Require this key. Set the variable rather than the flag, "
-            "which shows in the process list.",
-            rich_help_panel=SERVER_PANEL,
+            help="Require this key, or one of these: repeatable, in the variable with spaces "
+            "between them. Rather than the flag, which shows in the process list, set the "
+            "variable or use --api-key-file.",
+            rich_help_panel=ACCESS_PANEL,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Require one of the keys in this file: one a line, # begins a comment.",
+            show_default=False,
+            rich_help_panel=ACCESS_PANEL,
+        ),
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            help="Speak HTTPS, with this certificate (PEM, with those it hangs on).",
+            show_default=False,
+            rich_help_panel=ACCESS_PANEL,
+        ),
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            help="The certificate's private key (PEM); default: in --ssl-certfile.",
+            show_default=False,
+            rich_help_panel=ACCESS_PANEL,
+        ),
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Let web pages of this origin, such as https://example.com, ask from a browser "
+            "(CORS); * lets all. Repeatable. Default: none.",
+            show_default=False,
+            rich_help_panel=ACCESS_PANEL,
+        ),
+    ] = None,
+    max_requests_per_key: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Requests of one API key at once; more get status 429. Without keys, all clients "
+            "count as one.",
+            show_default=False,
+            rich_help_panel=ACCESS_PANEL,
+        ),
+    ] = None,
+    max_requests_per_minute: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Requests of one API key in a minute, likewise.",
+            show_default=False,
+            rich_help_panel=ACCESS_PANEL,
         ),
     ] = None,
     limit_mm_per_prompt: Annotated[
@@ -56,9 +117,11 @@ def serve(
         typer.Option(
             metavar="image=N|JSON",
             help='Most images in one request: image=4, or {"image": 4}. Default: 8.',
-            rich_help_panel=SERVER_PANEL,
+            rich_help_panel=options.IMAGES_PANEL,
         ),
     ] = None,
+    allowed_media_domains: options.AllowedMediaDomains = None,
+    allowed_local_media_path: options.AllowedLocalMediaPath = None,
     max_queued_requests: Annotated[
         int,
         typer.Option(
@@ -67,6 +130,56 @@ def serve(
             rich_help_panel=SERVER_PANEL,
         ),
     ] = 256,
+    max_queued_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens of prompts that wait for the first token of their answer; more get status "
+            "429.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = 131_072,
+    max_request_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            max=options.MAX_SECONDS,
+            metavar="SECONDS",
+            help="Longest time from a request's arrival to the end of its answer; then status 504 "
+            "ends it. A request may ask for less: timeout in its body, or X-Request-Timeout.",
+            show_default=False,
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = None,
+    drain_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=options.MAX_SECONDS,
+            metavar="SECONDS",
+            help="How long answers may go on after SIGTERM.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = 30.0,
+    max_engine_restarts: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="How often within ten minutes the engine process is started again after it has "
+            "died; then the server ends with status 1. 0: it ends the first time.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = 3,
+    grammar_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            max=options.MAX_SECONDS,
+            metavar="SECONDS",
+            help="How long the grammar of one request for structured output may take to compile.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = 5.0,
     scheduling_policy: Annotated[
         Literal["fcfs", "priority"],
         typer.Option(
@@ -134,7 +247,7 @@ def serve(
             max=86400.0,
             metavar="SECONDS",
             help="How long one step of the engine may take, a model's encoder included; an engine "
-            "that takes longer is stuck, and the server ends.",
+            "that takes longer is stuck: it is killed and started again.",
             rich_help_panel=SERVER_PANEL,
         ),
     ] = 300.0,
@@ -161,11 +274,13 @@ def serve(
     from mm_engine.cli.banner import print_banner
     from mm_engine.config import EngineConfig
     from mm_engine.log import format_in_use
+    from mm_engine.server.keys import read_keys
     from mm_engine.server.log import configure_logging
     from mm_engine.server.run import serve as run_server
     from mm_engine.server.settings import ServerSettings
 
     configure_logging(log_level, log_format)
+    options.check_media(allowed_media_domains, allowed_local_media_path)
     name, _ = choose_model(model)  # the banner names the other demos
     fields = options.engine_options(
         dtype=dtype,
@@ -206,9 +321,21 @@ def serve(
         hidden_model_names=() if served_model_name else names[1:],
         host=host,
         port=port,
-        api_key=api_key or None,
+        api_keys=read_keys(api_key or (), api_key_file),
+        ssl_certfile=None if ssl_certfile is None else str(ssl_certfile),
+        ssl_keyfile=None if ssl_keyfile is None else str(ssl_keyfile),
+        allowed_origins=tuple(allowed_origins or ()),
+        max_requests_per_key=max_requests_per_key,
+        max_requests_per_minute=max_requests_per_minute,
+        allowed_media_domains=tuple(allowed_media_domains or ()),
+        allowed_local_media_path=allowed_local_media_path,
         chat_template=chat_template,
         max_queued_requests=max_queued_requests,
+        max_queued_tokens=max_queued_tokens,
+        max_request_seconds=max_request_seconds,
+        drain_timeout=drain_timeout,
+        max_engine_restarts=max_engine_restarts,
+        grammar_timeout=grammar_timeout,
         scheduling_policy=scheduling_policy,
         log_stats=not disable_log_stats,
         otlp_traces_endpoint=otlp_traces_endpoint or None,

@@ -52,6 +52,7 @@ class PackedRequest(msgspec.Struct, array_like=True):
     eos_token_ids: tuple[int, ...]
     cache_salt: str
     priority: int
+    grammar: bytes | None
 
 
 class Start(msgspec.Struct, tag=True):
@@ -166,6 +167,7 @@ def pack_request(
         request.eos_token_ids,
         request.cache_salt,
         request.priority,
+        request.grammar,
     )
 
 
@@ -196,6 +198,7 @@ def unpack_request(
         packed.eos_token_ids,
         packed.cache_salt,
         packed.priority,
+        packed.grammar,
     )
 
 

@@ -1,4 +1,4 @@
-"""Images as they arrive, decoded within limits: data URL → bytes → RGB.
+"""Images as they arrive, decoded within limits: URL → bytes → RGB.
 
 One defined way for every kind of picture: the first frame; upright by its EXIF orientation; 16-bit
 samples divided by 256; grey, palette and CMYK converted to RGB; what is transparent laid over
@@ -15,12 +15,16 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from mm_engine.errors import RequestError
 from mm_engine.inputs.image_header import CORRUPT, BadImage, Header, read_header
+
+if TYPE_CHECKING:
+    from mm_engine.inputs.local_files import MediaFolder
 
 _MIME = {
     "image/png": "PNG",
@@ -66,6 +70,7 @@ class MediaLimits:
 
     max_images: int = 8
     max_bytes: int = 10 * 2**20  # of one image, encoded
+    max_total_bytes: int = 32 * 2**20  # of all images of a request, encoded
     max_pixels: int = 32_000_000  # of one image, by its header
     max_side: int = 65_535  # pixels, by its header; as long as a JPEG can be
     max_total_pixels: int = 64_000_000  # of all images of a request, by their headers
@@ -77,16 +82,50 @@ class ImageSource:
 
     url: str
     param: str
+    fetched: bytes | None = None  # what the URL led to, once that is known
 
 
-def load_images(sources: Sequence[ImageSource], limits: MediaLimits) -> list[Image.Image]:
+class ByteBudget:
+    """How many bytes the images of one request may still have, encoded."""
+
+    def __init__(self, limits: MediaLimits) -> None:
+        self._max_bytes = limits.max_total_bytes
+        self._num_left = limits.max_total_bytes
+
+    def take(self, num_bytes: int, param: str) -> None:
+        """Count these bytes of the image in the field `param`.
+
+        Raises:
+            RequestError: there aren't so many left.
+        """
+        self._num_left -= num_bytes
+        if self._num_left < 0:
+            raise _bad(
+                param,
+                f"the images are over {self._max_bytes} bytes together. Compress them, or send"
+                " fewer.",
+            )
+
+
+def load_images(
+    sources: Sequence[ImageSource], limits: MediaLimits, folder: MediaFolder | None = None
+) -> list[Image.Image]:
     """Decode a request's images, in order, each to an RGB image of its own size.
 
+    `folder` is where file URLs may lead; without it they are refused, as are URLs of other hosts
+    that nobody has fetched.
+
     Raises:
-        RequestError: too many, too large alone or together, no data URL, or not a whole picture.
+        RequestError: too many, too large alone or together, no URL that is taken here, or not a
+            whole picture.
     """
     check_count(len(sources), limits)
-    headers = [_inspect(read_data_url(source, limits), limits, source.param) for source in sources]
+    budget = ByteBudget(limits)
+    headers = []
+    for source in sources:
+        encoded = _read(source, limits, folder)
+        budget.take(len(encoded), source.param)
+        headers.append(_inspect(encoded, limits, source.param))
     total = sum(header.num_pixels for header in headers)
     if total > limits.max_total_pixels:
         raise RequestError(
@@ -156,7 +195,7 @@ def read_data_url(source: ImageSource, limits: MediaLimits) -> bytes:
             " image/webp or image/gif.",
         )
     if len(source.url) - found.end() > (limits.max_bytes + 2) // 3 * 4 * 1.05:  # 5%: line breaks
-        raise _too_long(limits, source.param)
+        raise too_long(limits, source.param)
     try:
         text = b"".join(source.url[found.end() :].encode("ascii").split())
         if text.endswith(b"==="):  # binascii lets surplus padding pass
@@ -174,11 +213,25 @@ def read_data_url(source: ImageSource, limits: MediaLimits) -> bytes:
     return encoded
 
 
+def scheme_of(url: str) -> str:
+    """The scheme of a URL in lower case, empty if it has none."""
+    found = _SCHEME.match(url)
+    return found[1].lower() if found else ""
+
+
+def _read(source: ImageSource, limits: MediaLimits, folder: MediaFolder | None) -> bytes:
+    if source.fetched is not None:
+        return source.fetched
+    if folder is not None and scheme_of(source.url) == "file":
+        return folder.read(source, limits)
+    return read_data_url(source, limits)
+
+
 def _inspect(encoded: bytes, limits: MediaLimits, param: str) -> Header:
     if not encoded:
         raise _bad(param, "the image is empty. Send a PNG, JPEG, WebP or GIF.")
     if len(encoded) > limits.max_bytes:
-        raise _too_long(limits, param)
+        raise too_long(limits, param)
     try:
         header = read_header(encoded)
     except BadImage as fault:
@@ -219,8 +272,7 @@ def _kind(encoded: bytes) -> str | None:
 
 def _other_url(source: ImageSource) -> RequestError:
     """Say which kind of URL is not taken, without repeating the URL: it may hold secrets."""
-    scheme = _SCHEME.match(source.url)
-    name = scheme[1].lower() if scheme else ""
+    name = scheme_of(source.url)
     instead = "Send the image as a data URL: data:image/png;base64,…"
     if name in ("http", "https"):
         return _bad(source.param, f"remote image URLs are off: {name}://… {instead}")
@@ -231,7 +283,8 @@ def _other_url(source: ImageSource) -> RequestError:
     return _bad(source.param, f"the image is not a URL of a known kind. {instead}")
 
 
-def _too_long(limits: MediaLimits, param: str) -> RequestError:
+def too_long(limits: MediaLimits, param: str) -> RequestError:
+    """What an encoded image over the limit is answered with."""
     return _bad(param, f"the image is over {limits.max_bytes} bytes. Compress it or scale it down.")
 
 

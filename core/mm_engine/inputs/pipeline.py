@@ -20,6 +20,7 @@ from mm_engine.inputs.processed_items import ProcessedItems
 from mm_engine.plugins.placeholders import placeholder_token_id
 from mm_engine.request import Item, PromptInputs, Request
 from mm_engine.sampling_params import SamplingParams
+from mm_engine.worker.grammars import Grammars
 from mm_engine.worker.loader import OpenedModel, pick_device
 
 
@@ -44,6 +45,7 @@ class InputPipeline:
         self.vocab_size = int(opened.ctx.text_config.vocab_size)
         #: Tensors of images that were mapped before.
         self.processed = ProcessedItems(opened.config.mm_processor_cache_memory)
+        self.grammars = Grammars.of(opened)
         self._placeholder = placeholder_token_id(self.ctx)
         image_text = functools.partial(self.plugin.placeholder_text, self.ctx, "image")
         template = read_template(self.ctx, chat_template)
@@ -105,11 +107,16 @@ class InputPipeline:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        grammar: bytes | None = None,
     ) -> Request:
         """A `Request` with `max_tokens` filled in. The lower its `priority`, the sooner it runs.
 
+        `grammar` is what the structured output of `params` was compiled to; it is compiled here
+        if that hasn't been done.
+
         Raises:
-            RequestError: prompt and answer are longer than the model, or an id is out of range.
+            RequestError: prompt and answer are longer than the model, an id is out of range, or
+                the grammar can't be compiled.
         """
         num_prompt = len(prepared.prompt_token_ids)
         if num_prompt >= self.max_len:
@@ -138,6 +145,8 @@ class InputPipeline:
                         f"Ids go up to {self.vocab_size - 1}.",
                         param=param,
                     )
+        if params.structured_outputs is not None and grammar is None:
+            grammar = self.grammars.compile(params.structured_outputs)
         return Request(
             request_id=request_id or uuid.uuid4().hex,
             prompt_token_ids=prepared.prompt_token_ids,
@@ -146,7 +155,24 @@ class InputPipeline:
             eos_token_ids=self.opened.eos_token_ids,
             cache_salt=prepared.cache_salt,
             priority=priority,
+            grammar=grammar,
         )
+
+    def check_ids(self, ids: Sequence[int], param: str = "prompt") -> None:
+        """Refuse ids that no prompt of this model has.
+
+        Raises:
+            RequestError: one is no integer, or out of range.
+        """
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise RequestError(f"{param} token ids must be integers.", param=param)
+            if not 0 <= token < self.vocab_size and token != self._placeholder:
+                raise RequestError(
+                    f"{param} token id is out of range: {token}. "
+                    f"Ids go from 0 to {self.vocab_size - 1}.",
+                    param=param,
+                )
 
     def dummy_request(self) -> Request:
         """The costliest prompt that one step can hold, by the plugin's dummy data.
@@ -205,17 +231,6 @@ class InputPipeline:
             ) from error
         return tuple(self.ctx.tokenizer(prompt)["input_ids"])
 
-    def _check_ids(self, ids: tuple[int, ...]) -> None:
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool):
-                raise RequestError("prompt token ids must be integers.", param="prompt")
-            if not 0 <= token < self.vocab_size and token != self._placeholder:
-                raise RequestError(
-                    f"prompt token id is out of range: {token}. "
-                    f"Ids go from 0 to {self.vocab_size - 1}.",
-                    param="prompt",
-                )
-
     def _expand(
         self,
         prompt: str | None,
@@ -225,7 +240,7 @@ class InputPipeline:
     ) -> PreparedPrompt:
         if not ids:
             raise RequestError("the prompt is empty. Send at least one token.", param="prompt")
-        self._check_ids(ids)  # of texts too: a tokenizer may have more ids than the model
+        self.check_ids(ids)  # of texts too: a tokenizer may have more ids than the model
         data: dict[str, tuple[Any, ...]] = {
             modality: tuple(items) for modality, items in given.items() if items
         }

@@ -14,7 +14,7 @@ from mm_engine.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-QUIET_ROUTES = frozenset({"/health", "/metrics"})  # polled: they'd fill the log
+QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics"})  # polled: they'd fill the log
 
 
 class AccessLog:
@@ -44,7 +44,8 @@ class AccessLog:
             await self.app(scope, receive, watched_send)
         finally:
             # A path that isn't ours may hold anything, a key for example.
-            route = scope["path"] if scope["path"] in self._routes else "(unknown route)"
+            unknown = notes.get("route", "(unknown route)")
+            route = scope["path"] if scope["path"] in self._routes else unknown
             status = notes["status"] = notes.get("status", status)
             seconds = time.perf_counter() - arrived
             self._metrics.requests.labels(route, status).inc()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,8 +32,15 @@ class Answer:
     that haven't finished are aborted. If one fails, its error is raised and all are.
     """
 
-    def __init__(self, client: EngineClient, requests: Sequence[Request]) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        requests: Sequence[Request],
+        begun: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`begun` is called when the first news comes."""
         self._client = client
+        self._begun: Callable[[], None] | None = begun
         self._requests = requests
         self._news: asyncio.Queue[News | int | Exception] = asyncio.Queue()
         self._readers: list[asyncio.Task[None]] = []
@@ -70,6 +77,9 @@ class Answer:
             if isinstance(news, Exception):
                 raise news
             if isinstance(news, News):
+                if self._begun is not None:
+                    self._begun()
+                    self._begun = None
                 return news
             self._num_unfinished -= 1
         raise StopAsyncIteration

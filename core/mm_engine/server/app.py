@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Response
 from pydantic import BaseModel
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from mm_engine.errors import EngineDead
 from mm_engine.plugins.blame import no_more_calls
 from mm_engine.server.access_log import AccessLog
 from mm_engine.server.chat import open_chat
 from mm_engine.server.completions import open_completion
+from mm_engine.server.deadline import HEADER
 from mm_engine.server.errors import ErrorBoundary, add_error_handlers
 from mm_engine.server.exchange import Exchange
-from mm_engine.server.limits import ApiKey, BodyLimit
+from mm_engine.server.keys import ApiKey
+from mm_engine.server.limits import BodyLimit
+from mm_engine.server.not_offered import NOT_OFFERED, add_not_offered_routes
 from mm_engine.server.plugin_list import plugin_list
 from mm_engine.server.protocol import ChatRequest, CompletionRequest
 from mm_engine.server.request_id import RequestId
+from mm_engine.server.response_api import open_response
+from mm_engine.server.response_objects import ResponseObject
+from mm_engine.server.response_protocol import ResponseRequest
 from mm_engine.server.responses import (
     ChatCompletion,
     Completion,
@@ -34,6 +42,15 @@ from mm_engine.server.responses import (
 )
 from mm_engine.server.service import Service
 from mm_engine.server.settings import ServerSettings
+from mm_engine.server.tokenize import (
+    Detokenized,
+    DetokenizeRequest,
+    Errand,
+    TokenizeRequest,
+    Tokens,
+    detokenize,
+    tokenize,
+)
 
 if TYPE_CHECKING:
     from mm_engine.engine.client import EngineClient
@@ -46,9 +63,14 @@ ROUTES = frozenset(
     {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/responses",
+        "/tokenize",
+        "/detokenize",
+        *NOT_OFFERED,
         "/v1/models",
         "/v1/plugins",
         "/health",
+        "/ready",
         "/version",
         "/metrics",
         "/openapi.json",
@@ -63,8 +85,9 @@ def create_app(client: EngineClient, pipeline: InputPipeline, settings: ServerSe
         Middleware(RequestId),
         *_tracing(service),
         Middleware(AccessLog, metrics=service.metrics, routes=ROUTES),
+        *([_cors(settings.allowed_origins)] if settings.allowed_origins else []),
         Middleware(ErrorBoundary),
-        *([Middleware(ApiKey, key=settings.api_key)] if settings.api_key else []),
+        *([Middleware(ApiKey, keys=settings.api_keys)] if settings.api_keys else []),
         Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
     ]
     app = FastAPI(
@@ -78,7 +101,9 @@ def create_app(client: EngineClient, pipeline: InputPipeline, settings: ServerSe
     app.state.service = service
     add_error_handlers(app)
     _add_generation_routes(app, service)
+    _add_token_routes(app, service)
     _add_information_routes(app, service)
+    add_not_offered_routes(app)
     _add_body_schemas(app)
     return app
 
@@ -94,6 +119,17 @@ def _tracing(service: Service) -> list[Middleware]:
     return [Middleware(TraceRequests, traces=service.traces, model=service.model_name)]
 
 
+def _cors(origins: Sequence[str]) -> Middleware:
+    """Before the key: a browser asks for leave without one. Keys aren't cookies."""
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "X-Request-Id", HEADER],
+        expose_headers=["X-Request-Id"],
+    )
+
+
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", **_described(ChatRequest, ChatCompletion))
     async def create_chat_completion() -> Response:
@@ -104,6 +140,23 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     async def create_completion() -> Response:
         """Continue one or several prompts."""
         return Exchange(service, open_completion)
+
+    @app.post("/v1/responses", **_described(ResponseRequest, ResponseObject))
+    async def create_response() -> Response:
+        """Answer a conversation, images included. The response isn't stored."""
+        return Exchange(service, open_response)
+
+
+def _add_token_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", **_described(TokenizeRequest, Tokens, streams=False))
+    async def tokenize_prompt() -> Response:
+        """The token ids of a prompt or of a conversation, images included."""
+        return Errand(service, tokenize)
+
+    @app.post("/detokenize", **_described(DetokenizeRequest, Detokenized, streams=False))
+    async def detokenize_ids() -> Response:
+        """The text of token ids."""
+        return Errand(service, detokenize)
 
 
 def _add_information_routes(app: FastAPI, service: Service) -> None:
@@ -139,13 +192,22 @@ def _add_information_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", responses={503: {"model": ErrorBody}})
     async def health() -> Health:
-        """Whether requests are taken: 503 if the engine is gone, plugins hang or it shuts down."""
-        service.check_ready()
+        """Whether the server lives: 503 if the engine is gone, or too many hooks of plugins hang.
+
+        One that shuts down lives until it has.
+        """
+        service.check_alive()
         if no_more_calls():
             raise EngineDead(
                 "too many calls of the plugin's hooks were given up on and still run. "
                 "Restart the server."
             )
+        return Health(status="ok")
+
+    @app.get("/ready", responses={503: {"model": ErrorBody}})
+    async def ready() -> Health:
+        """Whether requests are taken: 503 while an engine is started and while it shuts down."""
+        service.check_ready()
         return Health(status="ok")
 
     @app.get("/version", responses=key_errors)
@@ -172,7 +234,9 @@ async def _stats(service: Service) -> EngineStats | None:
         return None
 
 
-def _described(request: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
+def _described(
+    request: type[BaseModel], response: type[BaseModel], *, streams: bool = True
+) -> dict[str, Any]:
     """How OpenAPI describes a route whose body is read by the route itself."""
     schema = {"$ref": _REFERENCE.format(model=request.__name__)}
     return {
@@ -183,17 +247,23 @@ def _described(request: type[BaseModel], response: type[BaseModel]) -> dict[str,
         "responses": {
             200: {
                 "model": response,
-                "description": "The answer, or a stream of events",
-                "content": {"text/event-stream": {}},
+                "description": "The answer, or a stream of events" if streams else "The answer",
+                "content": {"text/event-stream": {}} if streams else {},
             },
-            **{s: {"model": ErrorBody} for s in (400, 401, 404, 408, 413, 429, 500, 503)},
+            **{s: {"model": ErrorBody} for s in (400, 401, 404, 408, 413, 429, 500, 503, 504)},
         },
     }
 
 
 def _add_body_schemas(app: FastAPI) -> None:
     """Put the schemas that `_described` refers to into the OpenAPI document."""
-    for shape in (ChatRequest, CompletionRequest):
+    for shape in (
+        ChatRequest,
+        CompletionRequest,
+        ResponseRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+    ):
         schema = shape.model_json_schema(ref_template=_REFERENCE)
         schemas = {**schema.pop("$defs", {}), shape.__name__: schema}
         app.openapi()["components"]["schemas"].update(schemas)  # made once, then kept

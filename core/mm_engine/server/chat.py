@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mm_engine.inputs.media import ImageSource, load_images
-from mm_engine.outputs import RequestOutput
+from PIL import Image
+
+from mm_engine.inputs.media import ImageSource
+from mm_engine.outputs import CompletionOutput, RequestOutput
 from mm_engine.request import Request
-from mm_engine.sampling_params import SamplingParams
 from mm_engine.server.exchange import Job, parsed
 from mm_engine.server.logprobs import chat_logprobs
 from mm_engine.server.protocol import ChatRequest, ImagePart, ImageURL, TextPart
@@ -21,9 +22,27 @@ from mm_engine.server.responses import (
     ChatCompletionChunk,
     ChatDelta,
     ChatMessage,
+    MessageToolCall,
 )
 from mm_engine.server.service import Service, Slots
 from mm_engine.server.tally import Tally
+from mm_engine.server.tool_text import (
+    Content,
+    News,
+    ToolCallReader,
+    joined,
+    result,
+    with_instructions,
+    written,
+)
+from mm_engine.server.tools import NamedTool
+
+_ROLES = {"developer": "system", "tool": "user"}  # as templates know them
+
+if TYPE_CHECKING:
+    from mm_engine.inputs.pipeline import PreparedPrompt
+
+T = TypeVar("T")
 
 
 async def open_chat(service: Service, body: bytes, slots: Slots) -> Job:
@@ -31,6 +50,7 @@ async def open_chat(service: Service, body: bytes, slots: Slots) -> Job:
 
     Raises:
         RequestError: it, one of its images or its length is at fault.
+        Overloaded: too many images are being fetched.
         PluginError: a hook is.
     """
     asked = await parsed(service, ChatRequest, body)
@@ -38,19 +58,51 @@ async def open_chat(service: Service, body: bytes, slots: Slots) -> Job:
     service.check_priority(asked.priority)
     params = asked.sampling_params()
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    request = await service.in_thread(lambda: _prepare(service, asked, params, request_id))
-    return Job([request], ChatReply(service.model_name, request, asked), bool(asked.stream))
+    grammar = await service.compile_grammar(asked)
+    request = await with_prepared(
+        service,
+        asked,
+        lambda prepared: service.pipeline.request(
+            prepared, params, request_id, priority=asked.priority or 0, grammar=grammar
+        ),
+    )
+    reply = ChatReply(service.model_name, request, asked)
+    return Job([request], reply, bool(asked.stream), asked.timeout)
 
 
-def _prepare(
-    service: Service, asked: ChatRequest, params: SamplingParams, request_id: str
-) -> Request:
-    images = iter(load_images(_sources(asked), service.media_limits))
+async def with_prepared(
+    service: Service, asked: ChatRequest, work: Callable[[PreparedPrompt], T]
+) -> T:
+    """Render a conversation, and do blocking work on it. All routes with messages come this way.
+
+    Raises:
+        RequestError: the messages or one of their images are at fault.
+        PluginError: a hook is.
+    """
+    return await service.with_images(
+        _sources(asked), lambda images: work(_prepare(service, asked, images))
+    )
+
+
+def _prepare(service: Service, asked: ChatRequest, images: Sequence[Image.Image]) -> PreparedPrompt:
+    messages = _conversation(asked, iter(images))
+    use = asked.tool_use
+    if use is not None:
+        messages = with_instructions(messages, use)
+    return service.pipeline.prepare_chat(
+        messages,
+        add_generation_prompt=asked.add_generation_prompt is not False,
+        cache_salt=service.cache_salt(asked.cache_salt),
+    )
+
+
+def _conversation(asked: ChatRequest, images: Iterator[Any]) -> list[dict[str, Any]]:
+    """The messages in the roles that templates know, with their images."""
     messages: list[dict[str, Any]] = []
-    for message in asked.messages:
-        content: str | list[dict[str, Any]] = []
-        if isinstance(message.content, str):
-            content = message.content
+    for i, message in enumerate(asked.messages):
+        content: Content
+        if message.content is None or isinstance(message.content, str):
+            content = message.content or ""
         else:
             content = [
                 {"type": "text", "text": part.text}
@@ -58,20 +110,22 @@ def _prepare(
                 else {"type": "image", "image": next(images)}
                 for part in message.content
             ]
-        role = "system" if message.role == "developer" else message.role
+        if message.role == "tool":
+            content = result(content)
+            if i and asked.messages[i - 1].role == "tool":  # templates want turns to alternate
+                messages[-1]["content"] = joined([messages[-1]["content"], content], "\n")
+                continue
+        elif message.role == "assistant" and message.tool_calls:
+            content = joined([content, written(message.tool_calls)], "\n")
+        role = _ROLES.get(message.role, message.role)
         messages.append({"role": role, "content": content})
-    prepared = service.pipeline.prepare_chat(
-        messages,
-        add_generation_prompt=asked.add_generation_prompt is not False,
-        cache_salt=service.cache_salt(asked.cache_salt),
-    )
-    return service.pipeline.request(prepared, params, request_id, priority=asked.priority or 0)
+    return messages
 
 
 def _sources(asked: ChatRequest) -> list[ImageSource]:
     sources = []
     for m, message in enumerate(asked.messages):
-        for p, part in enumerate(message.content):
+        for p, part in enumerate(message.content or ()):
             if isinstance(part, ImagePart):
                 image = part.image_url
                 url = image.url if isinstance(image, ImageURL) else image
@@ -89,6 +143,9 @@ class ChatReply:
         self._num_choices = request.sampling_params.n
         self._num_top = request.sampling_params.logprobs or 0
         self._include_usage = asked.include_usage
+        self._tools = asked.tool_use
+        self._named = isinstance(asked.tool_choice, NamedTool)
+        self._readers = [ToolCallReader() for _ in range(self._num_choices)]
 
     def opening(self) -> Iterator[ChatCompletionChunk]:
         """The role, for each choice."""
@@ -102,13 +159,14 @@ class ChatReply:
         """New text of each choice; the reason why it ended in a chunk of its own."""
         for new in output.outputs:
             logprobs = chat_logprobs(new, self._num_top)
-            if new.text or logprobs is not None:
+            told = self._read(new)
+            if told.text or told.calls or logprobs is not None:
+                delta = ChatDelta(content=told.text) if told.text or not told.calls else ChatDelta()
+                if told.calls:
+                    delta.tool_calls = told.calls
                 yield self._chunk(
                     ChatChunkChoice(
-                        index=new.index,
-                        delta=ChatDelta(content=new.text),
-                        logprobs=logprobs,
-                        finish_reason=None,
+                        index=new.index, delta=delta, logprobs=logprobs, finish_reason=None
                     )
                 )
             if new.finish_reason is not None:
@@ -117,7 +175,7 @@ class ChatReply:
                         index=new.index,
                         delta=ChatDelta(),
                         logprobs=None,
-                        finish_reason=new.finish_reason,
+                        finish_reason=self._finish_reason(new),
                         stop_reason=new.stop_reason,
                     )
                 )
@@ -134,9 +192,9 @@ class ChatReply:
         choices = [
             ChatChoice(
                 index=done.index,
-                message=ChatMessage(role="assistant", content=done.text),
+                message=self._message(done),
                 logprobs=chat_logprobs(done, self._num_top),
-                finish_reason=done.finish_reason,
+                finish_reason=self._finish_reason(done),
                 stop_reason=done.stop_reason,
             )
             for done in outputs[0].outputs
@@ -149,6 +207,34 @@ class ChatReply:
             choices=choices,
             usage=tally.usage,
         )
+
+    def _read(self, new: CompletionOutput) -> News:
+        """What is new of one choice: its text, and calls of tools if any were offered."""
+        if self._tools is None:
+            return News(new.text)
+        return self._readers[new.index].push(new.text, last=new.finish_reason is not None)
+
+    def _message(self, done: CompletionOutput) -> ChatMessage:
+        told = self._read(done)
+        calls: list[MessageToolCall] = []
+        for new in told.calls:
+            if new.id is not None:
+                calls.append(
+                    MessageToolCall(id=new.id, type="function", function=new.function.model_copy())
+                )
+            else:
+                calls[-1].function.arguments += new.function.arguments
+        if not calls:
+            return ChatMessage(role="assistant", content=told.text)
+        return ChatMessage(role="assistant", content=told.text or None, tool_calls=calls)
+
+    def _finish_reason(self, new: CompletionOutput) -> str | None:
+        """`tool_calls` after calls that the model chose; those it was told to make end in `stop`,
+        as OpenAI's do."""
+        called = self._readers[new.index].num_calls
+        if new.finish_reason == "stop" and called and not self._named:
+            return "tool_calls"
+        return new.finish_reason
 
     def _chunk(self, *choices: ChatChunkChoice) -> ChatCompletionChunk:
         chunk = ChatCompletionChunk(

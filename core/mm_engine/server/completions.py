@@ -38,15 +38,20 @@ async def open_completion(service: Service, body: bytes, slots: Slots) -> Job:
         num_choices=params.n,
         num_top=params.logprobs or 0,
     )
-    requests = await service.in_thread(lambda: _prepare(service, asked, params, reply.id))
+    grammar = await service.compile_grammar(asked)
+    requests = await service.in_thread(lambda: _prepare(service, asked, params, reply.id, grammar))
     if asked.echo:
         decode = service.pipeline.ctx.tokenizer.decode
         reply.echoes = [p if isinstance(p, str) else str(decode(p)) for p in prompts]
-    return Job(requests, reply, bool(asked.stream))
+    return Job(requests, reply, bool(asked.stream), asked.timeout)
 
 
 def _prepare(
-    service: Service, asked: CompletionRequest, params: SamplingParams, reply_id: str
+    service: Service,
+    asked: CompletionRequest,
+    params: SamplingParams,
+    reply_id: str,
+    grammar: bytes | None,
 ) -> list[Request]:
     salt = service.cache_salt(asked.cache_salt)
     requests = []
@@ -58,7 +63,11 @@ def _prepare(
         try:
             prepared = service.pipeline.prepare(inputs, cache_salt=salt)
             request = service.pipeline.request(
-                prepared, params, f"{reply_id}-{index}", priority=asked.priority or 0
+                prepared,
+                params,
+                f"{reply_id}-{index}",
+                priority=asked.priority or 0,
+                grammar=grammar,
             )
             requests.append(request)
         except RequestError as error:

@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 #: Why requests aren't taken.
 REJECTIONS = (
-    *("invalid", "unknown_model", "body_too_large", "body_too_slow", "api_key"),
-    *("queue_full", "draining", "engine_dead"),
+    *("invalid", "unknown_model", "not_offered", "body_too_large", "body_too_slow", "api_key"),
+    *("key_limit", "queue_full", "media_full", "draining", "engine_dead"),
 )
-_BY_STATUS = {404: "unknown_model", 408: "body_too_slow", 413: "body_too_large"}
+_BY_STATUS = {404: "not_offered", 408: "body_too_slow", 413: "body_too_large"}
 INTERNAL = "internal error. The server's log has the place."
 _UNKNOWN_ROUTE = "no such route. See /openapi.json for those that exist."
 
@@ -62,11 +62,12 @@ def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
 def rejection_of(error: Exception) -> str | None:
     """Why a request wasn't taken: one of `REJECTIONS`; None if that isn't what the error says."""
     if isinstance(error, Overloaded):
-        return "queue_full" if error.status == 429 else "draining"
+        return error.reason
     if isinstance(error, EngineDead):
         return "engine_dead"
     if isinstance(error, RequestError):
-        return _BY_STATUS.get(error.status, "invalid")
+        unknown = error.code == "model_not_found"
+        return "unknown_model" if unknown else _BY_STATUS.get(error.status, "invalid")
     return None
 
 
@@ -86,8 +87,8 @@ def respond(
 def error_response(error: Exception) -> ASCIIResponse:
     """The response for any exception."""
     status, body = body_of(error)
-    retry = {"Retry-After": str(error.retry_after)} if isinstance(error, Overloaded) else None
-    return respond(status, body, retry)
+    seconds = getattr(error, "retry_after", None)
+    return respond(status, body, None if seconds is None else {"Retry-After": str(seconds)})
 
 
 def request_error_of(invalid: ValidationError, data: Any) -> RequestError:

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 from fastapi import Response
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from mm_engine.errors import RequestError
 from mm_engine.outputs import RequestOutput
 from mm_engine.request import Request
 from mm_engine.server.answer import Answer
+from mm_engine.server.deadline import Deadline, asked_in_header
 from mm_engine.server.errors import body_of
 from mm_engine.server.protocol import RequestT, parse
 from mm_engine.server.service import Service, Slots
@@ -51,6 +52,17 @@ class Reply(Protocol):
         """The body of an answer that isn't streamed; one output for each prompt."""
 
 
+class NamedEvent(BaseModel):
+    """An event of a stream whose lines carry its type, too: `event: <type>`."""
+
+    type: str
+
+
+def done_or_error(error: dict[str, Any] | None) -> str:
+    """How a stream ends: with OpenAI's mark, or with the body of the error that cut it off."""
+    return "data: [DONE]\n\n" if error is None else f"data: {json.dumps(error)}\n\n"
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """What an endpoint made of a body: requests for the engine, one for each prompt."""
@@ -58,6 +70,9 @@ class Job:
     requests: list[Request]
     reply: Reply
     stream: bool
+    timeout: float | None = None  # seconds from the request's arrival, as its body asks
+    #: The last lines of a stream, behind all of the reply's events; given an error, they tell it.
+    ending: Callable[[dict[str, Any] | None], str] = done_or_error
 
 
 Endpoint = Callable[[Service, bytes, Slots], Awaitable[Job]]
@@ -88,30 +103,47 @@ class Exchange(Response):
         Raises:
             MMEngineError: before the response has started.
         """
-        arrived = time.perf_counter()
+        arrived, began = time.perf_counter(), asyncio.get_running_loop().time()
         notes: dict[str, Any] = scope.setdefault("mm_engine.notes", {})
-        metrics = self._service.metrics
-        with self._service.admit() as slots, metrics.in_flight.track_inprogress():
-            body = await read_body(receive, self._service.settings.body_timeout)
-            if body is None or not await _unless_gone(
-                receive, self._answer(body, slots, send, arrived, notes)
-            ):
+        service, metrics = self._service, self._service.metrics
+        send = _impatient(send, service.settings.send_timeout)
+        with service.admit() as slots, metrics.in_flight.track_inprogress():
+            deadline = Deadline(began, service.settings.max_request_seconds)
+            deadline.allow(asked_in_header(scope))
+            body = await read_body(receive, service.settings.body_timeout)
+            work = self._answer(body or b"", slots, send, arrived, deadline, notes)
+            try:
+                done = body is not None and await unless_gone(receive, work)
+            except _Stalled:
+                done = False
+            finally:
+                work.close()  # if it wasn't begun
+            if not done:
                 notes["status"] = CLIENT_GONE
                 return
         metrics.request_seconds.observe(time.perf_counter() - arrived)
 
     async def _answer(
-        self, body: bytes, slots: Slots, send: Send, arrived: float, notes: dict[str, Any]
+        self,
+        body: bytes,
+        slots: Slots,
+        send: Send,
+        arrived: float,
+        deadline: Deadline,
+        notes: dict[str, Any],
     ) -> None:
-        job = await self._endpoint(self._service, body, slots)
+        async with deadline.raising():
+            job = await self._endpoint(self._service, body, slots)
+        deadline.allow(job.timeout)
+        slots.take_tokens(job.requests)
         tally = notes["tally"] = Tally(job.requests, self._service.metrics, arrived)
         notes["submitted"] = time.perf_counter()
-        answer = Answer(self._service.client, job.requests)
+        answer = Answer(self._service.client, job.requests, slots.begun)
         try:
-            with self._service.answering(answer):
+            with self._service.answering(answer), deadline.ending(answer):
                 async with answer:
                     if job.stream:
-                        await _stream(answer, job.reply, tally, send, notes)
+                        await _stream(answer, job, tally, send, notes)
                     else:
                         await _whole(answer, job, tally, send)
         except Exception as error:
@@ -127,14 +159,20 @@ async def _whole(answer: Answer, job: Job, tally: Tally, send: Send) -> None:
         tally.add(news)
         outputs[news.prompt].extend(news.output)
     body = job.reply.whole(outputs, tally).model_dump_json(exclude_unset=True).encode()
+    await send_json(send, body)
+
+
+async def send_json(send: Send, body: bytes) -> None:
+    """Send a whole answer."""
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
 async def _stream(
-    answer: Answer, reply: Reply, tally: Tally, send: Send, notes: dict[str, Any]
+    answer: Answer, job: Job, tally: Tally, send: Send, notes: dict[str, Any]
 ) -> None:
+    reply = job.reply
     news = await anext(answer)  # or the error that decides the status
     tally.add(news)
     await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
@@ -145,20 +183,42 @@ async def _stream(
             tally.add(news)
             await _emit(send, reply.events(news.prompt, news.output))
         await _emit(send, reply.closing(tally))
-        last = b"data: [DONE]\n\n"
+        last = job.ending(None)
     except Exception as error:  # the status is out: the stream has to say it
         status, body = body_of(error)
         notes["failed"], notes["error"] = status, error
         tally.fail(error)
-        last = b"data: " + json.dumps(body).encode("ascii") + b"\n\n"
-    await send({"type": "http.response.body", "body": last})
+        last = job.ending(body)
+    await send({"type": "http.response.body", "body": last.encode()})
 
 
 async def _emit(send: Send, events: Iterable[BaseModel]) -> None:
-    lines = [f"data: {event.model_dump_json(exclude_unset=True)}\n\n" for event in events]
-    if lines:
-        body = "".join(lines).encode()
+    body = "".join(map(event_lines, events)).encode()
+    if body:
         await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+class _Stalled(BaseException):
+    """The client doesn't read what it is sent. No `Exception`: it can't be told of it."""
+
+
+def _impatient(send: Send, timeout: float) -> Send:
+    """`send`, for a client that reads within `timeout` seconds what the buffers don't hold."""
+
+    async def send_in_time(message: Message) -> None:
+        try:
+            async with asyncio.timeout(timeout):
+                await send(message)
+        except TimeoutError:
+            raise _Stalled from None
+
+    return send_in_time
+
+
+def event_lines(event: BaseModel) -> str:
+    """An event as server-sent events write it."""
+    name = f"event: {event.type}\n" if isinstance(event, NamedEvent) else ""
+    return f"{name}data: {event.model_dump_json(exclude_unset=True)}\n\n"
 
 
 async def read_body(receive: Receive, timeout: float) -> bytes | None:
@@ -183,7 +243,7 @@ async def read_body(receive: Receive, timeout: float) -> bytes | None:
         ) from None
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
     """Do the work, or end it once the client has gone; returns whether it was done."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_left(receive))

@@ -1,53 +1,17 @@
-"""Pure ASGI middlewares that stand before every route: the key, and the size of a body."""
+"""What stands before every route: a limit to the size of a body."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mm_engine.errors import RequestError
-from mm_engine.server.errors import error_body, error_response, note_error, respond
+from mm_engine.server.errors import error_response, note_error
 
-OPEN_PATHS = frozenset({"/health"})
 LINGER_BYTES = 64 * 2**20  # of a body that is over the cap: read and dropped, not kept
 LINGER_SECONDS = 5.0
-
-
-class ApiKey:
-    """Answers 401 to whoever doesn't send `Authorization: Bearer <key>`, on any route but /health.
-
-    The comparison takes the same time wherever the keys differ and however long they are.
-    """
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self.app = app
-        self._digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on what carries the key."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._has_key(scope):
-            await self.app(scope, receive, send)
-            return
-        scope.setdefault("mm_engine.notes", {})["rejected"] = "api_key"
-        body = error_body(
-            "the API key is missing or wrong. Send it as Authorization: Bearer <key>.",
-            "authentication_error",
-            code="invalid_api_key",
-        )
-        await respond(401, body, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-
-    def _has_key(self, scope: Scope) -> bool:
-        given = b""
-        for name, value in scope["headers"]:
-            if name == b"authorization":
-                given = value
-        scheme, _, key = given.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        return hmac.compare_digest(digest, self._digest) and scheme.lower() == b"bearer"
 
 
 class BodyLimit:

@@ -18,6 +18,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from mm_engine.contract import contract_version
+from mm_engine.inputs.fetch import OUTCOMES, Outcome
 from mm_engine.plugins.record import PluginRecord
 from mm_engine.server.errors import REJECTIONS
 
@@ -173,7 +174,7 @@ class Metrics:
         )
         self.rejected = Counter(
             "mm_engine_requests_rejected",
-            f"Completion requests that weren't taken, by the reason: {', '.join(REJECTIONS)}",
+            f"POST requests that weren't taken, by the reason: {', '.join(REJECTIONS)}",
             ["reason"],
             registry=self.registry,
         )
@@ -191,6 +192,18 @@ class Metrics:
         self.max_queued_prompts = self._gauge(
             "max_queued_prompts",
             "The most of them; more are refused with status 429 (--max-queued-requests)",
+        )
+        self.queued_tokens = self._gauge(
+            "num_queued_tokens", "Tokens of admitted prompts that have no token of an answer yet"
+        )
+        self.max_queued_tokens = self._gauge(
+            "max_queued_tokens",
+            "The most of them; more are refused with status 429 (--max-queued-tokens)",
+        )
+        self.restarts = Counter(
+            "mm_engine_restarts",
+            "Engines that were started in the place of one that had died",
+            registry=self.registry,
         )
         self.request_seconds = self._histogram(
             "e2e_request_latency_seconds", "From a completion request's arrival to its last byte"
@@ -229,7 +242,24 @@ class Metrics:
         )
         for reason in REASONS:
             self.ended.labels(reason)
+        self._fetches = Counter(
+            "mm_engine_media_fetches",
+            f"Images fetched from other hosts, by how that ended: {', '.join(OUTCOMES)}",
+            ["outcome"],
+            registry=self.registry,
+        )
+        for outcome in OUTCOMES:
+            self._fetches.labels(outcome)
+        self._fetch_seconds = self._histogram(
+            "media_fetch_seconds", "From the start of an image's fetch to its end, however it ended"
+        )
         ProcessCollector(registry=self.registry)  # of the server's process; Linux alone tells
+
+    def fetch_ended(self, outcome: Outcome, seconds: float | None) -> None:
+        """Count an image that was fetched, or that couldn't be; None if it never began."""
+        self._fetches.labels(outcome).inc()
+        if seconds is not None:
+            self._fetch_seconds.observe(seconds)
 
     def text(self, stats: EngineStats | None, *, alive: bool) -> bytes:
         """All metrics in Prometheus' text format.

@@ -10,18 +10,21 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    field_validator,
 )
 from pydantic_core import PydanticCustomError, from_json
 
 from mm_engine.errors import RequestError
-from mm_engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from mm_engine.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutputsParams
 from mm_engine.server.errors import request_error_of
+from mm_engine.server.shape import NotOffered, Shape
+from mm_engine.server.structure import StructureFields
+from mm_engine.server.tools import ToolCall, ToolChoice, Tools, ToolUse
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 2048  # content parts of one message
@@ -33,18 +36,12 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIdString = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
-#: Fields that aren't offered, each with the values that ask for nothing.
-NotOffered = dict[str, tuple[object, ...]]
-
-
-class Shape(BaseModel):
-    """A JSON object with strict types, whose unknown fields are ignored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
-
 
 class ImageURL(Shape):
-    """Where an image is: a data URL. `detail` is OpenAI's hint; images are always seen in full."""
+    """Where an image is: a data URL, or an http, https or file URL where the server takes those.
+
+    `detail` is OpenAI's hint; images are always seen in full.
+    """
 
     url: str
     detail: str | None = None
@@ -69,10 +66,19 @@ ContentParts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS)]
 
 
 class Message(Shape):
-    """One turn of a conversation."""
+    """One turn of a conversation. Only the assistant's may have no content: it calls tools."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | ContentParts
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: list[ToolCall] | None = None  # the assistant's
+    tool_call_id: str | None = None  # of the call whose result a tool's turn tells
+    content: Annotated[str | ContentParts | None, Field(validate_default=True)] = None
+
+    @field_validator("content", mode="after")
+    @classmethod
+    def _check_content(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and not (info.data.get("role") == "assistant"):
+            raise PydanticCustomError("missing", "Field required")
+        return value
 
 
 class StreamOptions(Shape):
@@ -81,22 +87,16 @@ class StreamOptions(Shape):
     include_usage: bool | None = None
 
 
-class GenerationRequest(Shape):
+class GenerationRequest(StructureFields):
     """What chat and completion requests have in common. Null means the default."""
 
     not_offered: ClassVar[NotOffered] = {
         "allowed_token_ids": (None, []),
         "bad_words": (None, []),
         "best_of": (None, 1),
-        "guided_choice": (None,),
-        "guided_grammar": (None,),
-        "guided_json": (None,),
-        "guided_regex": (None,),
         "logits_processors": (None, []),
         "mm_processor_kwargs": (None, {}),
         "prompt_logprobs": (None, False),
-        "response_format": (None, {"type": "text"}),
-        "structured_outputs": (None,),
         "truncate_prompt_tokens": (None,),
         "use_beam_search": (None, False),
     }
@@ -123,6 +123,7 @@ class GenerationRequest(Shape):
     skip_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
     priority: Int64 | None = None  # lower goes first; see `Service.check_priority`
+    timeout: Annotated[Number, Field(gt=0)] | None = None  # seconds; see `Deadline`
 
     @property
     def include_usage(self) -> bool:
@@ -139,7 +140,9 @@ class GenerationRequest(Shape):
         }
         if self.logit_bias is not None:
             given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
-        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
+        return SamplingParams(
+            max_tokens=max_tokens, logprobs=logprobs, structured_outputs=self.structure, **given
+        )
 
 
 _SAMPLING_FIELDS = (
@@ -175,16 +178,54 @@ class ChatRequest(GenerationRequest):
         "functions": (None, []),
         "modalities": (None, ["text"]),
         "prediction": (None,),
-        "tool_choice": (None, "none"),
-        "tools": (None, []),
         "web_search_options": (None,),
     }
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None  # of tools: "auto"
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: Annotated[Int64, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """Which tools the answer may call.
+
+        Raises:
+            RequestError: the fields contradict each other.
+        """
+        return ToolUse.of(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def structure_field(self) -> str | None:
+        """The field that says what the answer must look like; tools do, too.
+
+        Raises:
+            RequestError: several are given.
+        """
+        field = super().structure_field
+        if self.tool_use is None:
+            return field
+        if field is not None:
+            raise RequestError(
+                f"{field} can't be combined with tools. Leave one of them out.", param=field
+            )
+        return "tools"
+
+    @property
+    def structure(self) -> StructuredOutputsParams | None:
+        """What the answer must look like, if anything.
+
+        Raises:
+            RequestError: several fields say it, or one is malformed.
+        """
+        use = self.tool_use
+        if use is None or self.structure_field is None:
+            return super().structure
+        return use.structure
 
     def sampling_params(self) -> SamplingParams:
         """How tokens are chosen; without a limit, up to the model's length.
@@ -265,7 +306,7 @@ class CompletionRequest(GenerationRequest):
         return self._sampling_params(max_tokens=max_tokens, logprobs=self.logprobs)
 
 
-RequestT = TypeVar("RequestT", bound=GenerationRequest)
+RequestT = TypeVar("RequestT", bound=Shape)
 
 
 def parse(shape: type[RequestT], body: bytes) -> RequestT:

@@ -54,11 +54,36 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
+class ToolCallFunction(BaseModel):
+    """The function that is called, or what is new of its arguments: JSON, as text."""
+
+    name: str | None = None
+    arguments: str
+
+
+class MessageToolCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: ToolCallFunction
+
+
+class ToolCallDelta(BaseModel):
+    """What is new of a call; `index` says of which. The first has its id and name."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: ToolCallFunction
+
+
 class ChatMessage(BaseModel):
-    """The assistant's turn."""
+    """The assistant's turn. Without text, because it calls tools, its content is null."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: list[MessageToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -87,6 +112,7 @@ class ChatDelta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):

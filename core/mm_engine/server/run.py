@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from mm_engine.light_imports import import_transformers
 from mm_engine.log import adopt_libraries
 from mm_engine.server.settings import ServerSettings
 from mm_engine.server.status_line import log_status
+from mm_engine.server.supervisor import supervise
 
 if TYPE_CHECKING:
     from mm_engine.engine.client import EngineClient
@@ -40,7 +41,6 @@ SLOW_IMPORTS = ("mm_engine.inputs.pipeline", "mm_engine.engine.client")
 #: And while that loads the model.
 APP = "mm_engine.server.app"
 _AFTER_DRAIN = 5.0  # seconds for the errors of unfinished answers to be sent
-_WATCH_INTERVAL = 0.25  # seconds between looks at the engine process
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +173,8 @@ async def _serve(
     profile = await asyncio.to_thread(pipeline.dummy_request)
     told_at = time.monotonic()
     importing = asyncio.create_task(asyncio.to_thread(importlib.import_module, APP))
+    from mm_engine.engine.client import EngineClient
+
     client = await _start_engine(config, launch, profile, pipeline.plugin.record, stop)
     if client is None:
         return 0
@@ -182,13 +184,22 @@ async def _serve(
         service, server = _build(client, pipeline, settings)
         server_box.append(server)
         host, port = listener.getsockname()[:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "https" if settings.ssl_certfile else "http"
+        url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
         started = Started(client.info, pipeline, settings, url, imported_at, told_at)
+
+        def start_again() -> Awaitable[EngineClient]:
+            return EngineClient.start(config, profile, pipeline.plugin.record)
+
         try:
-            return await _run(service, server, listener, stop, lambda: on_start(started))
+            return await _run(
+                service, server, listener, stop, lambda: on_start(started), start_again
+            )
         finally:
+            await service.close()
             if service.traces is not None:
                 service.traces.close()
+            client = service.client  # perhaps another by now
     finally:
         await client.close()
 
@@ -227,6 +238,8 @@ def _build(
         lifespan="off",
         ws="none",
         server_header=False,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
         timeout_graceful_shutdown=int(settings.drain_timeout + _AFTER_DRAIN),
     )
     service: Service = app.state.service
@@ -239,8 +252,9 @@ async def _run(
     listener: socket.socket,
     stop: asyncio.Event,
     on_start: Callable[[], None],
+    start_again: Callable[[], Awaitable[EngineClient]],
 ) -> int:
-    """Serve until told to stop or until the engine dies; returns the exit code."""
+    """Serve until told to stop or until no engine lives; returns the exit code."""
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
@@ -253,7 +267,7 @@ async def _run(
         return 0
     on_start()
     stopping = asyncio.create_task(stop.wait())
-    dying = asyncio.create_task(_watch(service))
+    dying = asyncio.create_task(supervise(service, start_again))
     tasks = [stopping, dying]
     if service.settings.log_stats:
         tasks.append(asyncio.create_task(log_status(service, service.settings.status_interval)))
@@ -270,12 +284,3 @@ async def _run(
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     return 1 if died else 0
-
-
-async def _watch(service: Service) -> None:
-    """Return some time after the engine has died; until then /health tells of it."""
-    while service.client.alive:
-        await asyncio.sleep(_WATCH_INTERVAL)
-    seconds = service.settings.dead_engine_timeout
-    logger.error("the engine process is gone. This server exits in %g s.", seconds)
-    await asyncio.sleep(seconds)

@@ -16,16 +16,31 @@ class ServerSettings:
     hidden_model_names: tuple[str, ...] = ()  # taken in requests, not told in /v1/models
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = field(default=None, repr=False)
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # none: whoever asks is answered
+    ssl_certfile: str | None = None  # with it and the key, HTTPS is spoken
+    ssl_keyfile: str | None = field(default=None, repr=False)
+    allowed_origins: tuple[str, ...] = ()  # web pages that browsers let ask (CORS)
     media: MediaLimits = field(default_factory=MediaLimits)
+    allowed_media_domains: tuple[str, ...] = ()  # hosts that images are fetched from
+    #: Networks that such hosts may be in although they aren't public. No flag sets it.
+    private_media_networks: tuple[str, ...] = ()
+    allowed_local_media_path: str | None = None  # the folder that file URLs may lead to
     chat_template: str | None = None  # instead of the tokenizer's
     max_body_bytes: int = 32 * 2**20
     max_queued_requests: int = 256  # prompts in flight, waiting or running
+    max_queued_tokens: int = 131_072  # of prompts in flight that have no token of an answer yet
+    max_requests_per_key: int | None = None  # at once; of all clients if there are no keys
+    max_requests_per_minute: int | None = None  # of each key, likewise
+    max_request_seconds: float | None = None  # from a request's arrival to the end of its answer
     max_input_threads: int = 4  # prompts that are rendered, decoded and mapped at the same time
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"  # whether requests may have a priority
+    grammar_timeout: float = 5.0  # for one grammar of structured output to be compiled
     body_timeout: float = 60.0  # for a request's body to arrive
+    send_timeout: float = 60.0  # for a client to read what it is sent
     drain_timeout: float = 30.0  # for streams to finish after SIGTERM
     log_stats: bool = True  # a line on the load every few seconds
     status_interval: float = 10.0  # between two of these lines
     otlp_traces_endpoint: str | None = None  # where traces go; None: there are none
+    max_engine_restarts: int = 3  # within `restart_window`; then the server gives up
+    restart_window: float = 600.0
     dead_engine_timeout: float = 15.0  # how long /health answers 503 before the server exits

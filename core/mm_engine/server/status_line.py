@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -38,8 +39,8 @@ class StatusLine:
             for name, counts in caches.items()
         }
         self._stats, self._caches, self._time = stats, caches, now
-        if before is None or elapsed <= 0:
-            return None
+        if before is None or elapsed <= 0 or stats.num_steps < before.num_steps:
+            return None  # the first line, also of an engine that was started again
         prompt = (stats.num_prompt_tokens - before.num_prompt_tokens) / elapsed
         generation = (stats.num_generation_tokens - before.num_generation_tokens) / elapsed
         if not (stats.num_running or stats.num_waiting or stats.num_steps > before.num_steps):
@@ -66,14 +67,11 @@ class StatusLine:
 
 
 async def log_status(service: Service, interval: float) -> None:
-    """Log a line every `interval` seconds, until cancelled or the engine is gone."""
+    """Log a line every `interval` seconds, until cancelled; none while the engine is gone."""
     line = StatusLine(service.pipeline.processed)
     while True:
-        try:
-            stats = await service.client.stats()
-        except MMEngineError:
-            return
-        text = line.update(stats, time.monotonic())
-        if text is not None:
-            logger.info("%s", text)
+        with contextlib.suppress(MMEngineError):
+            text = line.update(await service.client.stats(), time.monotonic())
+            if text is not None:
+                logger.info("%s", text)
         await asyncio.sleep(interval)

@@ -24,6 +24,7 @@ from mm_engine.worker import rank_wire
 from mm_engine.worker.batch import ForwardBatch, build_batch, slots_of
 from mm_engine.worker.dummies import most_decodes
 from mm_engine.worker.encoder import Encoder
+from mm_engine.worker.grammars import Grammars
 from mm_engine.worker.graphs import CaptureFailed
 from mm_engine.worker.launched import Finite, LaunchedStep
 from mm_engine.worker.loader import OpenedModel, pick_device
@@ -64,7 +65,7 @@ class ModelRunner(ModelShard):
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self._embeds_dtype = self.dtype  # what a model's `embed_tokens` makes may be of another
         self.encoder = Encoder(self.model, opened.plugin, self.hidden_size, self.device, self.dtype)
-        self.sampler = Sampler(config.seed)
+        self.sampler = Sampler(config.seed, Grammars.of(opened))
 
     @staticmethod
     def _meet(ranks: Ranks, device: torch.device, config: EngineConfig) -> RankGroup:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mm_engine.sampling_params import SamplingParams
 from mm_engine.sequence import UNKNOWN_TOKEN, SampledToken, Sequence
+from mm_engine.worker.grammars import Grammars, GrammarState, forbid
 from mm_engine.worker.transfers import HostCopy, to_device
 
 
@@ -24,6 +25,7 @@ class SamplerState:
     prompt_mask: Tensor | None = None  # [vocab] bool: ids that occur in the prompt
     output_counts: Tensor | None = None  # [vocab] float: how often each id was generated
     num_counted: int = 0  # output tokens that output_counts holds
+    grammar: GrammarState | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,10 @@ class Sampled:
 class Sampler:
     """Greedy and random sampling over a batch of rows, with each request's own parameters."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, grammars: Grammars | None = None) -> None:
+        """`grammars` follows those of requests for structured output."""
         self.seed = seed
+        self._grammars = grammars
         self.num_unseeded = 0
 
     def sample(
@@ -144,7 +148,7 @@ class Sampler:
         sequences: Seq[Sequence],
         accepted: Seq[Seq[int]] | None = None,
     ) -> Tensor:
-        """Apply logit_bias, min_tokens and penalties to the rows that ask for them."""
+        """Apply penalties, logit_bias, min_tokens and grammars to the rows that ask for them."""
         adjusted = logits
         accepted = accepted or [()] * len(sequences)
         for i, sequence in enumerate(sequences):
@@ -153,7 +157,8 @@ class Sampler:
                 p.repetition_penalty != 1.0 or p.presence_penalty != 0 or p.frequency_penalty != 0
             )
             too_short = sequence.num_output_tokens + len(accepted[i]) < p.min_tokens
-            if not (penalised or too_short or p.logit_bias):
+            grammar = sequence.request.grammar
+            if not (penalised or too_short or p.logit_bias or grammar is not None):
                 continue
             if adjusted is logits:
                 adjusted = logits.clone()
@@ -167,7 +172,24 @@ class Sampler:
                 ends = [*p.stop_token_ids, *sequence.request.eos_token_ids]
                 ends = [token for token in ends if token < row.shape[0]]
                 row[to_device(ends, row.device)] = float("-inf")
+            if grammar is not None:
+                self._keep_to(grammar, row, sequence, accepted[i])
         return adjusted
+
+    def _keep_to(self, grammar: bytes, row: Tensor, sequence: Sequence, accepted: Seq[int]) -> None:
+        """Forbid what the grammar doesn't allow next. In place.
+
+        Raises:
+            RequestError: it allows nothing, or takes too long to follow.
+        """
+        assert self._grammars is not None
+        state = self._state(sequence)
+        if state.grammar is None:
+            state.grammar = self._grammars.follow(grammar)
+        ids = [*sequence.output_token_ids, *accepted]
+        if ids and ids[-1] == UNKNOWN_TOKEN:  # the device knows it: what comes next hangs on it
+            ids[-1] = int(sequence.newest.item())
+        forbid(row, state.grammar.allowed(ids))
 
     def _penalise(
         self, row: Tensor, sequence: Sequence, accepted: Seq[int], p: SamplingParams
@@ -221,6 +243,7 @@ def _is_plain(sequence: Sequence) -> bool:
     return (
         p.greedy
         and p.logprobs is None
+        and sequence.request.grammar is None
         and not p.logit_bias
         and not p.min_tokens
         and p.repetition_penalty == 1.0

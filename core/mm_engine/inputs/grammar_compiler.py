@@ -1,0 +1,155 @@
+"""The front's end of the process that compiles grammars."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import threading
+from collections import OrderedDict
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+import msgspec
+
+from mm_engine.errors import Overloaded, RequestError
+from mm_engine.inputs.grammar_process import Compiled
+from mm_engine.processes import how_it_ended, spawn
+from mm_engine.sampling_params import StructuredOutputsParams
+from mm_engine.worker.grammars import PARAM, Grammars
+
+logger = logging.getLogger(__name__)
+
+PROCESS = "mm_engine.inputs.grammar_process"
+START_SECONDS = 60.0  # for the process to import what it needs
+MAX_WAITING = 16  # grammars; more are refused for now
+MAX_KEPT_BYTES = 64 * 2**20  # of compiled grammars
+_ENTRY_BYTES = 2**10  # that an entry takes besides
+
+
+class GrammarCompiler:
+    """Compiles grammars in a process of its own, one after the other, each within `timeout` s.
+
+    The process is started for the first one, and again after one that ended it. What came of a
+    grammar is kept, a refusal too. Threads may share it.
+    """
+
+    def __init__(self, grammars: Grammars, timeout: float) -> None:
+        self._grammars = grammars
+        self._timeout = timeout
+        self._turn = threading.Lock()  # of those who wait for the process
+        self._lock = threading.Lock()  # around all below
+        self._num_waiting = 0
+        self._known: OrderedDict[StructuredOutputsParams, Compiled] = OrderedDict()
+        self._num_bytes = 0
+        self._process: subprocess.Popen[Any] | None = None
+        self._connection: Connection | None = None
+        self._closed = False
+
+    def compile(self, structure: StructuredOutputsParams) -> bytes:
+        """What a request carries. Blocks.
+
+        Raises:
+            RequestError: it can't be compiled, or not in time, or there is no xgrammar.
+            Overloaded: too many others wait.
+        """
+        known = self._recall(structure)
+        if known is None:
+            with self._lock:
+                if self._num_waiting >= MAX_WAITING:
+                    raise Overloaded(
+                        "too many grammars are being compiled. Send the request again later."
+                    )
+                self._num_waiting += 1
+            try:
+                with self._turn:
+                    known = self._recall(structure)  # perhaps it was the one before
+                    if known is None:
+                        known = self._compile(structure)
+                        self._keep(structure, known)
+            finally:
+                with self._lock:
+                    self._num_waiting -= 1
+        if known.grammar is None:
+            raise RequestError(known.why, param=PARAM)
+        return known.grammar
+
+    def close(self) -> None:
+        """End the process; whoever waits for it gets an error."""
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
+
+    def _recall(self, structure: StructuredOutputsParams) -> Compiled | None:
+        with self._lock:
+            if structure in self._known:
+                self._known.move_to_end(structure)
+            return self._known.get(structure)
+
+    def _keep(self, structure: StructuredOutputsParams, compiled: Compiled) -> None:
+        with self._lock:
+            self._known[structure] = compiled
+            self._num_bytes += _size(compiled)
+            while self._num_bytes > MAX_KEPT_BYTES:
+                self._num_bytes -= _size(self._known.popitem(last=False)[1])
+
+    def _compile(self, structure: StructuredOutputsParams) -> Compiled:
+        connection = self._connection or self._start()
+        try:
+            connection.send_bytes(msgspec.msgpack.encode(structure))
+            if connection.poll(self._timeout):
+                return msgspec.msgpack.decode(connection.recv_bytes(), type=Compiled)
+            why = f"the grammar takes longer than {self._timeout:g} s to compile. Simplify it."
+        except (OSError, EOFError):
+            why = "the grammar can't be compiled: its compiler has ended. Simplify it."
+        self._end()
+        raise RequestError(why, param=PARAM)  # not kept: the machine may have been at fault
+
+    def _start(self) -> Connection:
+        """Start the process.
+
+        Raises:
+            RequestError: there is no xgrammar.
+            Overloaded: it doesn't start.
+        """
+        vocabulary = self._grammars.vocabulary.serialize_json().encode()
+        ours, its = Pipe()
+        with self._lock:
+            if self._closed:
+                raise Overloaded(
+                    "the server is shutting down. Send the request again later.", status=503
+                )
+            self._process = spawn(
+                "mm_engine.inputs.grammar_process",
+                its.fileno(),
+                os.getpid(),
+                pass_fds=[its.fileno()],
+            )
+        its.close()
+        self._connection = ours
+        try:
+            ours.send_bytes(vocabulary)
+            if ours.poll(START_SECONDS) and ours.recv_bytes() == b"ready":
+                return ours
+        except (OSError, EOFError):
+            pass
+        self._end()
+        raise Overloaded(
+            "grammars can't be compiled now. Send the request again later.", status=503
+        )
+
+    def _end(self) -> None:
+        assert self._process is not None and self._connection is not None
+        self._process.kill()
+        self._process.wait()
+        logger.warning(
+            "the process that compiles grammars was ended: %s.", how_it_ended(self._process)
+        )
+        self._connection.close()
+        self._connection = None
+
+
+def _size(compiled: Compiled) -> int:
+    return _ENTRY_BYTES + len(compiled.grammar or b"")

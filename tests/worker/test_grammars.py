@@ -1,0 +1,251 @@
+"""Structured output: an answer is held to all of what was asked, or the request is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from mm_engine.errors import RequestError
+from mm_engine.plugins.discovery import demos
+from mm_engine.request import Request
+from mm_engine.sampling_params import MAX_GRAMMAR_LENGTH, SamplingParams, StructuredOutputsParams
+from mm_engine.sequence import Sequence
+from mm_engine.worker.grammars import Grammars
+from mm_engine.worker.sampler import Sampler
+
+EOS = 2
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}, "label": {"enum": ["a", "b"]}},
+    "required": ["x", "label"],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(min(demos().items())[1])
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer: PreTrainedTokenizerFast) -> Grammars:
+    return Grammars(tokenizer, len(tokenizer), [EOS])
+
+
+def answer(
+    grammars: Grammars, tokenizer: Any, seed: int, max_tokens: int = 200, **structure: Any
+) -> str | None:
+    """What comes of noise that is held to a structure; None if its end isn't reached."""
+    params = SamplingParams(
+        seed=seed, structured_outputs=StructuredOutputsParams(**structure), max_tokens=max_tokens
+    )
+    assert params.structured_outputs is not None
+    grammar = grammars.compile(params.structured_outputs)
+    sequence = Sequence(Request("r", (1, 5, 6), params, grammar=grammar))
+    sampler, noise = Sampler(0, grammars), torch.Generator().manual_seed(seed)
+    for _ in range(max_tokens):
+        logits = torch.randn(1, len(tokenizer), generator=noise) * 3
+        logits[0, EOS] += 4.0  # noise is long-winded
+        (token,) = sampler.sample(logits, [sequence])
+        if token.token_id == EOS:
+            return str(tokenizer.decode(sequence.output_token_ids))
+        assert token.token_id is not None
+        sequence.token_ids.append(token.token_id)
+    return None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_answers_keep_to_their_structure(grammars: Grammars, tokenizer: Any, seed: int) -> None:
+    text = answer(grammars, tokenizer, seed, regex=r"[a-c]{2}-\d{1,3}")
+    assert text is not None and re.fullmatch(r"[a-c]{2}-\d{1,3}", text)
+    choices = ("yes", 'no "not"\n', "c\\d é")
+    assert answer(grammars, tokenizer, seed, choice=choices) in choices
+    text = answer(grammars, tokenizer, seed, grammar='root ::= "x" root | "y"')
+    assert text is None or re.fullmatch("x*y", text)
+    text = answer(grammars, tokenizer, seed, json=POINT)
+    assert text is not None
+    point = json.loads(text)
+    assert isinstance(point["x"], int) and point["label"] in ("a", "b") and len(point) == 2
+    text = answer(grammars, tokenizer, seed, json_object=True)
+    assert text is None or isinstance(json.loads(text), dict)
+
+
+def test_without_a_structure_noise_is_nothing_of_the_kind(tokenizer: Any) -> None:
+    logits = torch.randn(1, len(tokenizer), generator=torch.Generator().manual_seed(0))
+    sequence = Sequence(Request("r", (1,), SamplingParams(temperature=0.0)))
+    (token,) = Sampler(0).sample(logits, [sequence])
+    assert not re.match("[xy]", tokenizer.decode([token.token_id]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 6))
+def test_neighbours_sample_what_they_sample_alone(
+    grammars: Grammars, tokenizer: Any, seed: int, num_steps: int
+) -> None:
+    structure = StructuredOutputsParams(json=POINT)
+    held = SamplingParams(seed=3, structured_outputs=structure)
+    grammar = grammars.compile(structure)
+
+    def run(*requests: Request) -> list[list[int]]:
+        sequences, sampler = [Sequence(r) for r in requests], Sampler(0, grammars)
+        noise = torch.Generator().manual_seed(seed)
+        for _ in range(num_steps):
+            row = torch.randn(1, len(tokenizer), generator=noise)
+            row[0, EOS] = -100.0
+            for sequence, token in zip(
+                sequences, sampler.sample(row.repeat(len(sequences), 1), sequences), strict=True
+            ):
+                assert token.token_id is not None
+                sequence.token_ids.append(token.token_id)
+        return [sequence.output_token_ids for sequence in sequences]
+
+    free = Request("free", (1, 2), SamplingParams(seed=4))
+    structured = Request("structured", (1, 2), held, grammar=grammar)
+    assert run(free, structured, free) == [*run(free), *run(structured), *run(free)]
+    assert run(free) != run(structured)
+
+
+@pytest.mark.parametrize(
+    ("structure", "told"),
+    [
+        ({"regex": "[a-"}, "the regex can't be compiled: .*Unclosed"),
+        ({"regex": "a(?=b)b"}, "lookaheads"),
+        ({"regex": "a^b"}, r"\^ and \$ in its middle"),
+        ({"regex": r"\bword"}, "the regex can't be compiled"),
+        ({"grammar": "root ::= foo"}, "the grammar can't be compiled: .*foo"),
+        ({"grammar": "nothing"}, "the grammar can't be compiled"),
+        ({"json": "{"}, "not valid JSON"),
+        ({"json": {"type": "banana"}}, "the JSON schema can't be compiled: .*banana"),
+        ({"json": {"enum": []}}, "the JSON schema can't be compiled"),
+        ({"json": False}, "the JSON schema can't be compiled"),
+        ({"json": {"type": "integer", "minimum": 5, "maximum": 3}}, "minimum greater"),
+        ({"structural_tag": "{}"}, "the structural tag can't be compiled"),
+    ],
+)
+def test_what_cant_be_compiled_is_refused(
+    grammars: Grammars, structure: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(RequestError, match=told) as refused:
+        grammars.compile(StructuredOutputsParams(**structure))
+    message = str(refused.value)
+    assert message.isprintable() and len(message) < 300 and ".cc" not in message
+
+
+OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "not": {"const": "a"}},
+        {**OBJECT, "if": {"required": ["a"]}, "then": {"required": ["b"]}},
+        {"type": "array", "contains": {"const": 5}},
+        {"type": "array", "items": {"type": "integer"}, "uniqueItems": True},
+        {"type": "number", "multipleOf": 0.5},
+        {"type": "string", "pattern": "^a+$", "maxLength": 2},
+        {"type": "string", "pattern": "^(?!b)a"},
+        {**OBJECT, "dependentRequired": {"a": ["b"]}},
+        {"allOf": [{**OBJECT, "required": ["a"]}, {**OBJECT, "required": ["b"]}]},
+        {"type": "integer", "anyOf": [{"minimum": 3}, {"minimum": 5}]},
+        {"$ref": "#/$defs/n", "minimum": 4, "$defs": {"n": {"type": "integer"}}},
+        {"$ref": "https://example.com/schema"},
+        {**OBJECT, "required": ["c"]},
+        {"properties": {"deep": {"items": {"not": {}}}}},
+        {"$defs": {"n": {"uniqueItems": True}}},
+        {"type": "object", "properties": []},
+        {"anyOf": {"type": "integer"}},
+        {"items": [{"type": "integer"}]},
+        [],
+    ],
+    ids=str,
+)
+def test_a_schema_that_would_be_kept_only_in_part_is_refused(
+    grammars: Grammars, schema: Any
+) -> None:
+    with pytest.raises(RequestError, match="the JSON schema can't be compiled|the regex can't be"):
+        grammars.compile(StructuredOutputsParams(json=json.dumps(schema)))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {},
+        True,
+        {**OBJECT, "title": "T", "description": "D", "x-mine": 1, "default": {"not": 1}},
+        {"type": "object", "properties": {"not": {"type": "integer"}, "if": {}}},
+        {"const": {"not": 1, "contains": [1]}},
+        {"enum": [{"if": 1}], "type": "object"},
+        {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None, "title": "T"},
+        {"$ref": "#/$defs/n", "description": "D", "$defs": {"n": {"type": "integer"}}},
+        {"type": "array", "items": {"$ref": "#"}, "uniqueItems": False},
+        {"type": "string", "format": "date-time"},
+        {"type": "integer", "multipleOf": 5},
+        {"allOf": [{"type": "integer"}]},
+    ],
+    ids=str,
+)
+def test_other_schemas_are_taken(grammars: Grammars, schema: Any) -> None:
+    assert grammars.compile(StructuredOutputsParams(json=schema))
+
+
+def test_a_schema_without_bottom_is_refused(grammars: Grammars) -> None:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(100):
+        schema = {"type": "array", "items": schema}
+    with pytest.raises(RequestError, match="nested more than"):
+        grammars.compile(StructuredOutputsParams(json=schema))
+
+
+def test_a_grammar_that_takes_ever_longer_ends_its_request(
+    grammars: Grammars, tokenizer: Any
+) -> None:
+    a = tokenizer.convert_tokens_to_ids("a")
+
+    def follow(grammar: str) -> int:
+        state = grammars.follow(grammars.compile(StructuredOutputsParams(grammar=grammar)))
+        ids: list[int] = []
+        while len(ids) < 1500:
+            state.allowed(ids)
+            ids.append(a)
+        return len(ids)
+
+    assert follow('root ::= "a" root | "a"') == 1500
+    with pytest.raises(RequestError, match="takes too long to follow"):
+        follow('root ::= root root root | "a" | ""')
+
+
+@pytest.mark.parametrize(
+    ("given_fields", "told"),
+    [
+        ({}, "exactly one"),
+        ({"regex": "a", "choice": ["a"]}, "exactly one"),
+        ({"json_object": False}, "exactly one"),
+        ({"regex": ""}, "regex must be a text"),
+        ({"regex": 3}, "regex must be a text"),
+        ({"choice": []}, "choice must hold strings"),
+        ({"choice": ["a", 3]}, "choice must hold strings"),
+        ({"choice": "ab"}, "choice must hold strings"),
+        ({"choice": ["a", ""]}, "no empty string"),
+        ({"json": {"a": {1}}}, "json must be a JSON schema"),
+        ({"grammar": "x" * (MAX_GRAMMAR_LENGTH + 1)}, "at most 65,536 characters"),
+    ],
+)
+def test_malformed_structures_are_refused(given_fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(RequestError, match=told):
+        StructuredOutputsParams(**given_fields)
+
+
+@pytest.mark.parametrize("field", [{"ignore_eos": True}, {"min_tokens": 2}])
+def test_what_contradicts_a_structure_is_refused(field: dict[str, Any]) -> None:
+    structure = StructuredOutputsParams(regex="a")
+    assert SamplingParams(structured_outputs=structure).structured_outputs is structure
+    with pytest.raises(RequestError, match="can't be combined with structured output"):
+        SamplingParams(structured_outputs=structure, **field)
