@@ -32,18 +32,25 @@ class RequestError(MMEngineError):
 
 
 class Overloaded(MMEngineError):
-    """The bounded queue is full (429) or the server is draining (503)."""
+    """The bounded queue is full (429) or the server is draining (503).
+
+    `reason` is a word for what there is too much of, which counts such refusals.
+    """
 
     kind = "overloaded_error"
 
-    def __init__(self, message: str, *, retry_after: int = 1, status: int = 429) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after: int = 1,
+        status: int = 429,
+        reason: str = "queue_full",
+    ) -> None:
         super().__init__(message)
         self.retry_after = retry_after
         self.status = status
-
-
-class RateLimited(Overloaded):
-    """An API key has as many requests as it may have, at once or in a minute."""
+        self.reason = reason
 
 
 class PluginError(MMEngineError):

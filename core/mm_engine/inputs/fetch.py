@@ -205,7 +205,8 @@ class Fetcher:
         except TimeoutError:
             raise Overloaded(
                 f"too many images are being fetched: {self._limits.max_fetches}. "
-                "Send the request again later."
+                "Send the request again later.",
+                reason="media_full",
             ) from None
         try:
             yield

@@ -58,7 +58,8 @@ class GrammarCompiler:
             with self._lock:
                 if self._num_waiting >= MAX_WAITING:
                     raise Overloaded(
-                        "too many grammars are being compiled. Send the request again later."
+                        "too many grammars are being compiled. Send the request again later.",
+                        reason="grammars_full",
                     )
                 self._num_waiting += 1
             try:
@@ -119,7 +120,9 @@ class GrammarCompiler:
         with self._lock:
             if self._closed:
                 raise Overloaded(
-                    "the server is shutting down. Send the request again later.", status=503
+                    "the server is shutting down. Send the request again later.",
+                    status=503,
+                    reason="draining",
                 )
             self._process = spawn(
                 "mm_engine.inputs.grammar_process",
@@ -137,7 +140,9 @@ class GrammarCompiler:
             pass
         self._end()
         raise Overloaded(
-            "grammars can't be compiled now. Send the request again later.", status=503
+            "grammars can't be compiled now. Send the request again later.",
+            status=503,
+            reason="grammars_full",
         )
 
     def _end(self) -> None:

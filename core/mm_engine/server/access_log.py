@@ -14,7 +14,7 @@ from mm_engine.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-QUIET_ROUTES = frozenset({"/health", "/metrics"})  # polled: they'd fill the log
+QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics"})  # polled: they'd fill the log
 
 
 class AccessLog:

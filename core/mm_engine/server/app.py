@@ -108,16 +108,6 @@ def create_app(client: EngineClient, pipeline: InputPipeline, settings: ServerSe
     return app
 
 
-def _cors(origins: Sequence[str]) -> Middleware:
-    """Before the key: a browser asks for leave without one. Keys aren't cookies."""
-    return Middleware(
-        CORSMiddleware,
-        allow_origins=origins,
-        allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type", HEADER],
-    )
-
-
 def _tracing(service: Service) -> list[Middleware]:
     """What traces requests, if that was asked for; else nothing of it is imported."""
     endpoint = service.settings.otlp_traces_endpoint
@@ -127,6 +117,17 @@ def _tracing(service: Service) -> list[Middleware]:
 
     service.traces = Traces(check_endpoint(endpoint))
     return [Middleware(TraceRequests, traces=service.traces, model=service.model_name)]
+
+
+def _cors(origins: Sequence[str]) -> Middleware:
+    """Before the key: a browser asks for leave without one. Keys aren't cookies."""
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "X-Request-Id", HEADER],
+        expose_headers=["X-Request-Id"],
+    )
 
 
 def _add_generation_routes(app: FastAPI, service: Service) -> None:

@@ -14,24 +14,17 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mm_engine.errors import (
-    EngineDead,
-    MMEngineError,
-    Overloaded,
-    PluginError,
-    RateLimited,
-    RequestError,
-)
+from mm_engine.errors import EngineDead, MMEngineError, Overloaded, PluginError, RequestError
 from mm_engine.log import place_of, told_of
 
 logger = logging.getLogger(__name__)
 
 #: Why requests aren't taken.
 REJECTIONS = (
-    *("invalid", "unknown_model", "body_too_large", "body_too_slow", "api_key"),
-    *("key_limit", "queue_full", "draining", "engine_dead"),
+    *("invalid", "unknown_model", "not_offered", "body_too_large", "body_too_slow", "api_key"),
+    *("key_limit", "queue_full", "media_full", "grammars_full", "draining", "engine_dead"),
 )
-_BY_STATUS = {404: "unknown_model", 408: "body_too_slow", 413: "body_too_large"}
+_BY_STATUS = {404: "not_offered", 408: "body_too_slow", 413: "body_too_large"}
 INTERNAL = "internal error. The server's log has the place."
 _UNKNOWN_ROUTE = "no such route. See /openapi.json for those that exist."
 
@@ -68,14 +61,13 @@ def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
 
 def rejection_of(error: Exception) -> str | None:
     """Why a request wasn't taken: one of `REJECTIONS`; None if that isn't what the error says."""
-    if isinstance(error, RateLimited):
-        return "key_limit"
     if isinstance(error, Overloaded):
-        return "queue_full" if error.status == 429 else "draining"
+        return error.reason
     if isinstance(error, EngineDead):
         return "engine_dead"
     if isinstance(error, RequestError):
-        return _BY_STATUS.get(error.status, "invalid")
+        unknown = error.code == "model_not_found"
+        return "unknown_model" if unknown else _BY_STATUS.get(error.status, "invalid")
     return None
 
 

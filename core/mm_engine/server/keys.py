@@ -13,7 +13,7 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mm_engine.errors import RateLimited, StartupError
+from mm_engine.errors import Overloaded, StartupError
 from mm_engine.server.errors import error_body, respond
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # what asks them has no key
@@ -126,16 +126,17 @@ class KeyLimits:
         """Let a request begin; `end` has to follow.
 
         Raises:
-            RateLimited: its key has as many as it may have.
+            Overloaded: its key has as many as it may have.
         """
         account = self._accounts.get(key)
         if account is None:
             account = _Account(tokens=float(self._max_per_minute or 0), filled=self._now())
             self._accounts[key] = account
         if self._max_running is not None and account.num_running >= self._max_running:
-            raise RateLimited(
+            raise Overloaded(
                 f"too many requests at once: {self._max_running} are answered for each key. "
-                "Send the request again when one has ended."
+                "Send the request again when one has ended.",
+                reason="key_limit",
             )
         if self._max_per_minute is not None:
             self._take(account, self._max_per_minute)
@@ -151,9 +152,10 @@ class KeyLimits:
         account.tokens, account.filled = min(float(rate), account.tokens + gained), now
         if account.tokens < 1:
             seconds = (1 - account.tokens) * 60 / rate
-            raise RateLimited(
+            raise Overloaded(
                 f"too many requests in a minute: {rate} are taken for each key. "
                 "Send the request again later.",
                 retry_after=math.ceil(seconds),
+                reason="key_limit",
             )
         account.tokens -= 1

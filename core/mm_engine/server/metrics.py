@@ -172,14 +172,9 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self.restarts = Counter(
-            "mm_engine_restarts",
-            "Engines that were started in the place of one that had died",
-            registry=self.registry,
-        )
         self.rejected = Counter(
             "mm_engine_requests_rejected",
-            f"Completion requests that weren't taken, by the reason: {', '.join(REJECTIONS)}",
+            f"POST requests that weren't taken, by the reason: {', '.join(REJECTIONS)}",
             ["reason"],
             registry=self.registry,
         )
@@ -197,6 +192,18 @@ class Metrics:
         self.max_queued_prompts = self._gauge(
             "max_queued_prompts",
             "The most of them; more are refused with status 429 (--max-queued-requests)",
+        )
+        self.queued_tokens = self._gauge(
+            "num_queued_tokens", "Tokens of admitted prompts that have no token of an answer yet"
+        )
+        self.max_queued_tokens = self._gauge(
+            "max_queued_tokens",
+            "The most of them; more are refused with status 429 (--max-queued-tokens)",
+        )
+        self.restarts = Counter(
+            "mm_engine_restarts",
+            "Engines that were started in the place of one that had died",
+            registry=self.registry,
         )
         self.request_seconds = self._histogram(
             "e2e_request_latency_seconds", "From a completion request's arrival to its last byte"
@@ -247,6 +254,7 @@ class Metrics:
         self._fetch_seconds = self._histogram(
             "media_fetch_seconds", "From the start of an image's fetch to its end, however it ended"
         )
+        ProcessCollector(registry=self.registry)  # of the server's process; Linux alone tells
 
     def fetch_ended(self, outcome: Outcome, seconds: float | None) -> None:
         """Count an image that was fetched, or that couldn't be; None if it never began."""

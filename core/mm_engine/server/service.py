@@ -111,11 +111,13 @@ class Service:
         self.settings = settings
         self.metrics = Metrics(pipeline.plugin.record, pipeline.processed)
         self.num_prompts = 0  # admitted and not yet answered
-        self.num_tokens = 0  # of prompts, admitted and without a token of an answer
-        self.draining = False
-        self.restarting = False  # the engine has died, and another is being started
         self.metrics.queued_prompts.set_function(lambda: self.num_prompts)
         self.metrics.max_queued_prompts.set(settings.max_queued_requests)
+        self.num_tokens = 0  # of prompts, admitted and without a token of an answer
+        self.metrics.queued_tokens.set_function(lambda: self.num_tokens)
+        self.metrics.max_queued_tokens.set(settings.max_queued_tokens)
+        self.draining = False
+        self.restarting = False  # the engine has died, and another is being started
         self.traces: Traces | None = None
         max_images = pipeline.ctx.limits.get("image", 0)
         self.media_limits = dataclasses.replace(settings.media, max_images=max_images)
@@ -286,7 +288,10 @@ class Service:
     @staticmethod
     def _stopping() -> Overloaded:
         return Overloaded(
-            "the server is shutting down. Send the request again later.", status=503, retry_after=5
+            "the server is shutting down. Send the request again later.",
+            status=503,
+            retry_after=5,
+            reason="draining",
         )
 
 

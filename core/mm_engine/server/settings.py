@@ -42,7 +42,7 @@ class ServerSettings:
     drain_timeout: float = 30.0  # for streams to finish after SIGTERM
     log_stats: bool = True  # a line on the load every few seconds
     status_interval: float = 10.0  # between two of these lines
+    otlp_traces_endpoint: str | None = None  # where traces go; None: there are none
     max_engine_restarts: int = 3  # within `restart_window`; then the server gives up
     restart_window: float = 600.0
-    otlp_traces_endpoint: str | None = None  # where traces go; None: there are none
     dead_engine_timeout: float = 15.0  # how long /health answers 503 before the server exits

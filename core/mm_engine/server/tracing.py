@@ -28,7 +28,11 @@ logger = logging.getLogger(__name__)
 FLAG = "--otlp-traces-endpoint"
 TRACES_PATH = "/v1/traces"  # where collectors take them over HTTP
 #: The routes that are traced, and what OpenTelemetry calls what they do.
-OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
+OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/responses": "chat",
+}
 CLOSE_SECONDS = 3.0  # for the last spans to leave
 _NEEDED = (
     "opentelemetry.sdk.trace.export",
