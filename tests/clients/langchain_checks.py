@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
 from harness import (
@@ -17,8 +17,9 @@ from harness import (
     main,
     raised,
 )
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from pydantic import BaseModel, Field
 
 
 def model(url: str = URL, **options: Any) -> ChatOpenAI:
@@ -91,6 +92,41 @@ def cut_off() -> str:
     answer = model(max_tokens=2, extra_body={"ignore_eos": True}).invoke(asked())
     assert answer.response_metadata["finish_reason"] == "length"
     return "length"
+
+
+class Animal(BaseModel):
+    """An animal."""
+
+    legs: Annotated[int, Field(ge=0, le=9)]
+    kind: Literal["cat", "dog"]
+
+
+@check("with_structured_output, by json_schema and by function_calling")
+def structured() -> str:
+    llm = model(max_tokens=200)
+    made = [
+        llm.with_structured_output(Animal, method=method).invoke(asked(PICTURE))
+        for method in ("json_schema", "function_calling")
+    ]
+    assert all(isinstance(animal, Animal) for animal in made)
+    return f"{made[0]!r}"
+
+
+@check("bind_tools(tool_choice='any'), and the tool's result sent back, streamed and not")
+def tools() -> str:
+    llm = model(max_tokens=200).bind_tools([Animal], tool_choice="any", parallel_tool_calls=False)
+    called = llm.invoke(asked(PICTURE))
+    (call,) = called.tool_calls
+    Animal(**call["args"])
+    chunks = list(llm.stream(asked(PICTURE)))
+    streamed = chunks[0]
+    for chunk in chunks[1:]:
+        streamed += chunk
+    assert [c["args"] for c in streamed.tool_calls] == [call["args"]]
+    told = ToolMessage("It barks.", tool_call_id=call["id"])
+    after = model(max_tokens=20).invoke([*asked(PICTURE), called, told])
+    assert after.text
+    return f"{call['name']} {call['args']}"
 
 
 @check("a broken image, chat")

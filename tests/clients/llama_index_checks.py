@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
 from harness import (
@@ -19,8 +19,10 @@ from harness import (
     raised,
 )
 from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
+from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai import OpenAIResponses
 from llama_index.llms.openai_like import OpenAILike
+from pydantic import BaseModel, Field
 
 
 def model(url: str = URL, **options: Any) -> OpenAILike:
@@ -84,6 +86,37 @@ def logprobs() -> str:
     assert answer.logprobs and len(answer.logprobs) == answer.raw.usage.completion_tokens
     assert all(len(top) == 2 for top in answer.logprobs)
     return f"{len(answer.logprobs)} tokens"
+
+
+class Animal(BaseModel):
+    """An animal."""
+
+    legs: Annotated[int, Field(ge=0, le=9)]
+    kind: Literal["cat", "dog"]
+
+
+@check("as_structured_llm, which calls a function that it has to")
+def structured() -> str:
+    llm = model(is_function_calling_model=True, max_tokens=200)
+    answer = llm.as_structured_llm(Animal).chat(asked(PICTURE))
+    assert isinstance(answer.raw, Animal)
+    return f"{answer.raw!r}"
+
+
+@check("predict_and_call with a FunctionTool")
+def tools() -> str:
+    seen: list[tuple[int, str]] = []
+
+    def show(legs: int, kind: str) -> str:
+        """Show an animal."""
+        seen.append((legs, kind))
+        return f"{kind} on {legs} legs"
+
+    llm = model(is_function_calling_model=True, max_tokens=200)
+    tool = FunctionTool.from_defaults(fn=show)
+    answer = llm.predict_and_call([tool], chat_history=asked(), tool_choice="required")
+    assert len(seen) >= 1
+    return f"{answer.response!r}"
 
 
 @check("a broken image")

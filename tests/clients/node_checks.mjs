@@ -49,7 +49,53 @@ async function raised(kind, promise) {
   throw new assert.AssertionError({ message: `no ${kind.name}` });
 }
 
+const ANIMAL = {
+  type: "object",
+  properties: { legs: { type: "integer", minimum: 0, maximum: 9 }, kind: { enum: ["cat", "dog"] } },
+  required: ["legs", "kind"],
+  additionalProperties: false,
+};
+function isAnimal(text) {
+  const animal = JSON.parse(text);
+  assert.deepEqual(Object.keys(animal).sort(), ["kind", "legs"]);
+  assert.ok(Number.isInteger(animal.legs) && ["cat", "dog"].includes(animal.kind));
+  return text;
+}
+
 const CHECKS = [
+  [
+    "chat.completions.parse and responses.create with a JSON schema",
+    async () => {
+      const json_schema = { name: "animal", schema: ANIMAL, strict: true };
+      const parsed = await client().chat.completions.parse(
+        chat([PICTURE], { max_tokens: 200, response_format: { type: "json_schema", json_schema } }),
+      );
+      const format = { type: "json_schema", ...json_schema };
+      const made = await client().responses.create(
+        response([PICTURE], { max_output_tokens: 200, text: { format } }),
+      );
+      isAnimal(made.output_text);
+      return isAnimal(parsed.choices[0].message.content);
+    },
+  ],
+  [
+    "tools, called by chat.completions.create and .stream",
+    async () => {
+      const tools = [{ type: "function", function: { name: "show", parameters: ANIMAL } }];
+      const body = chat([PICTURE], {
+        max_tokens: 200,
+        tools,
+        tool_choice: "required",
+        parallel_tool_calls: false,
+      });
+      const whole = await client().chat.completions.create(body);
+      const [call] = whole.choices[0].message.tool_calls;
+      const final = await client().chat.completions.stream(body).finalMessage();
+      assert.equal(final.tool_calls[0].function.arguments, call.function.arguments);
+      assert.equal(whole.choices[0].finish_reason, "tool_calls");
+      return `${call.function.name} ${isAnimal(call.function.arguments)}`;
+    },
+  ],
   [
     "chat.completions.create, streamed and not: text, image, usage",
     async () => {
