@@ -35,7 +35,8 @@ from mm_engine.server.settings import ServerSettings
 
 if __name__ == "__main__":
     configure_logging("info", "text")
-    config = EngineConfig(model={model!r}, kv_cache_memory=2**26, progress=False)
+    defaults = {{"kv_cache_memory": 2**26, "progress": False}}
+    config = EngineConfig(model={model!r}, **(defaults | {config!r}))
     settings = ServerSettings(served_model_names=("demo",), port=0, **{settings!r})
     sys.exit(serve(config, settings, lambda s: print(f"address {{s.url}}/v1", flush=True)))
 """
@@ -65,7 +66,8 @@ class ServerProcess:
     """A server on a free port, ready when made; killed with its children on leaving.
 
     `folder` takes its output, and its temporary files under `tmp`. With `settings` (fields of
-    `ServerSettings`) it serves the demo without the command line. `program` is another `engine`
+    `ServerSettings`) it serves the demo without the command line, and with fields of the engine's
+    `config`. `program` is another `engine`
     than this environment's. A `fresh` one is started as a user does, others are forked.
     """
 
@@ -75,6 +77,7 @@ class ServerProcess:
         *flags: str,
         env: dict[str, str] | None = None,
         settings: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
         program: Sequence[str] = (ENGINE,),
         fresh: bool = False,
     ) -> None:
@@ -84,7 +87,9 @@ class ServerProcess:
         command = [*program, "serve", "--port", "0", *flags]
         if settings is not None:
             script = folder / "script.py"
-            script.write_text(WITH_SETTINGS.format(model=min(demos()), settings=settings))
+            script.write_text(
+                WITH_SETTINGS.format(model=min(demos()), settings=settings, config=config or {})
+            )
             command = [sys.executable, str(script)]
         popen = subprocess.Popen if fresh or program != (ENGINE,) else forking.Popen
         with self.log.open("wb") as log:

@@ -77,7 +77,7 @@ def test_what_outlasts_the_drain_ends_in_a_proper_error(tmp_path: Path, stream: 
 
 
 def test_when_the_engine_is_killed_clients_and_health_are_told(tmp_path: Path) -> None:
-    settings = {"dead_engine_timeout": 10.0, "max_engine_restarts": 0}
+    settings = {"dead_engine_timeout": 4.0, "max_engine_restarts": 0}
     with ServerProcess(tmp_path, settings=settings) as server:
         body = {**LONG, "max_tokens": 4000}
         own = {"input": "circle", "ignore_eos": True, "stream": True, "max_output_tokens": 2000}

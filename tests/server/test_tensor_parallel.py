@@ -12,9 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving import FLAGS, ServerProcess, sse_events, wait_until
-
-TWO = (*FLAGS, "--tensor-parallel-size", "2")
+from serving import ServerProcess, sse_events, wait_until
 
 
 def children_of(pid: int) -> list[int]:
@@ -25,7 +23,10 @@ def children_of(pid: int) -> list[int]:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ServerProcess]:
     """The demo, shared out to real processes."""
-    with ServerProcess(tmp_path, *TWO, "--max-engine-restarts", "0") as server:
+    # Not started again, and with no time in which /health tells of it.
+    settings = {"max_engine_restarts": 0, "dead_engine_timeout": 1.0}
+    config = {"dtype": "float32", "tensor_parallel_size": 2}
+    with ServerProcess(tmp_path, settings=settings, config=config) as server:
         server.children += children_of(server.children[0])  # the other rank is the engine's child
         assert len(server.children) == 2
         yield server
