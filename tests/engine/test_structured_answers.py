@@ -40,6 +40,11 @@ def told(outputs: list[RequestOutput]) -> list[Any]:
     return [[(o.text, o.token_ids, o.finish_reason) for o in out.outputs] for out in outputs]
 
 
+def failures(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the fault barrier logged."""
+    return [text for text in caplog.messages if "failed" in text]
+
+
 @pytest.fixture(scope="module")
 def plain() -> list[Any]:
     return told(answers()[1])
@@ -52,20 +57,21 @@ def test_they_are_as_long_as_their_structure(plain: list[Any]) -> None:
     assert not free[0].startswith('["')
 
 
-def test_with_drafts(plain: list[Any]) -> None:
+def test_with_drafts(plain: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     llm, outputs = answers(speculative_config=DRAFTS)
+    assert not failures(caplog)  # no step was run again
     assert told(outputs) == plain
     assert llm.engine.stats().num_accepted_tokens > 10  # drafts were there, and right
 
 
-def test_with_steps_that_overlap(plain: list[Any]) -> None:
+def test_with_steps_that_overlap(plain: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     llm, outputs = answers(async_scheduling=True)
+    assert not failures(caplog)
     assert llm.engine.max_in_flight == 1
     assert told(outputs) == plain
 
 
 def test_when_they_are_preempted(plain: list[Any]) -> None:
-    per_block = 16 * 1024  # found by the engine's own count below
     llm, _ = answers()
     per_block = 2**23 // llm.engine.kv_cache.num_blocks
     llm, outputs = answers(kv_cache_memory=per_block * 12)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -101,11 +102,53 @@ def test_the_process_cant_take_all_memory() -> None:
 def test_a_process_that_ends_costs_one_grammar(compiler: GrammarCompiler) -> None:
     compiler.compile(GOOD)
     (process,) = children()
-    process.kill()
-    other = StructuredOutputsParams(regex="b+")
+    killer = threading.Timer(0.3, process.kill)
+    killer.start()
     with pytest.raises(RequestError, match="its compiler has ended"):
-        compiler.compile(other)
-    assert compiler.compile(other)
+        compiler.compile(ENDLESS)
+    assert compiler.compile(StructuredOutputsParams(regex="b+"))
+
+
+def test_a_process_that_ended_while_idle_costs_none(compiler: GrammarCompiler) -> None:
+    compiler.compile(GOOD)
+    (process,) = children()
+    process.kill()
+    process.wait()
+    assert compiler.compile(StructuredOutputsParams(regex="c+"))
+
+
+def test_what_nobody_waits_for_any_more_is_given_up(compiler: GrammarCompiler) -> None:
+    """Row 27: neither one that is being compiled holds up others, nor one that waits its turn."""
+    patient = GrammarCompiler(compiler._grammars, 600.0)
+    try:
+        left = [threading.Event() for _ in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            jobs = [pool.submit(patient.compile, ENDLESS, None, event) for event in left]
+            time.sleep(0.5)
+            assert not any(job.done() for job in jobs)
+            for event in left:
+                event.set()
+            assert all(isinstance(job.exception(60), RequestError) for job in jobs)
+        assert patient.compile(GOOD)
+    finally:
+        patient.close()
+
+
+def test_no_client_learns_that_another_had_brought_a_grammar(compiler: GrammarCompiler) -> None:
+    compiler.compile(GOOD, b"alice")
+    (process,) = children()
+    process.suspend()
+    assert compiler.compile(GOOD, b"alice")
+    with pytest.raises(RequestError, match="longer than"):  # it has to be compiled
+        compiler.compile(GOOD, b"bob")
+
+
+def test_a_library_that_stumbles_is_no_dead_process(compiler: GrammarCompiler) -> None:
+    before = [compiler.compile(GOOD), children()]
+    for schema in ('{"type": "object", "patternProperties": 5}', '{"required": [["x"]]}'):
+        with pytest.raises(RequestError, match="must be"):
+            compiler.compile(StructuredOutputsParams(json=schema))
+    assert [compiler.compile(GOOD), children()] == before
 
 
 def test_too_many_that_wait_are_refused(

@@ -61,6 +61,16 @@ def test_tokens_that_wait_are_bounded(narrow: ServerProcess) -> None:
     assert ask(4, 40).status_code == 200
 
 
+def test_a_request_that_is_given_up_takes_its_tokens_with_it(narrow: ServerProcess) -> None:
+    with narrow.http.stream("POST", COMPLETIONS, json=LONG) as running:
+        lines = running.iter_lines()
+        next(lines)
+        body = SHORT | {"prompt": prompt(5, 90), "timeout": 0.3}
+        assert narrow.http.post(COMPLETIONS, json=body).status_code == 504
+        assert narrow.metric("mm_engine_num_queued_tokens") == 0
+        lines.close()
+
+
 def test_a_prompt_over_the_limit_is_taken_where_nothing_waits(narrow: ServerProcess) -> None:
     body = SHORT | {"prompt": prompt(7, 300)}
     assert narrow.http.post(COMPLETIONS, json=body).status_code == 200

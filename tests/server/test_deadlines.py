@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -86,6 +87,14 @@ def test_time_in_the_queue_counts(slow: ServerProcess) -> None:
     thread.join()
     assert first == [504]
     wait_until(lambda: slow.is_idle, "the engine to be idle", 10)
+
+
+def test_a_body_that_takes_its_time_is_within_it(server: ServerProcess) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nX-Request-Timeout: 0.3\r\n"
+        connection.sendall(head.encode() + b"Content-Length: 9\r\n\r\n{")
+        assert connection.recv(2**12).startswith(b"HTTP/1.1 504 ")
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon", ""])

@@ -11,7 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from mm_engine.cli.main import app
 from mm_engine.errors import Overloaded, StartupError
 from mm_engine.server.keys import KeyLimits, read_keys
 from serving import FLAGS, ServerProcess, wait_until
@@ -121,7 +123,7 @@ def preflight(server: ServerProcess, origin: str) -> httpx.Response:
     headers = {
         "Origin": origin,
         "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": "authorization, content-type",
+        "Access-Control-Request-Headers": "authorization, content-type, x-stainless-lang",
     }
     return server.http.options(COMPLETIONS, headers=headers)
 
@@ -203,6 +205,29 @@ def test_keys_that_cant_be_are_refused(
 
 def test_keys_are_those_of_flag_and_file_together(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text("b\nc # not b\n#d\n\n")
-    assert read_keys(("a", "b"), file) == ("a", "b", "c")
+    file.write_text("b\nc # not b\n#d\n\ns3cr#et\n")
+    assert read_keys(("a", "b"), file) == ("a", "b", "c", "s3cr#et")
     assert read_keys((), None) == ()
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+def test_a_variable_without_a_key_is_no_open_door(value: str) -> None:
+    done = CliRunner().invoke(app, ["serve", "/no/such"], env={"MM_ENGINE_API_KEY": value})
+    assert isinstance(done.exception, StartupError)
+    assert "holds no key" in str(done.exception)
+
+
+@pytest.mark.parametrize("case", ["junk", "key alone", "no key", "folder"])
+def test_certificates_are_looked_at_before_the_model_is_loaded(tmp_path: Path, case: str) -> None:
+    junk = tmp_path / "junk.pem"
+    junk.write_text("junk")
+    flags = {
+        "junk": ["--ssl-certfile", str(junk), "--ssl-keyfile", str(junk)],
+        "key alone": ["--ssl-keyfile", str(junk)],
+        "no key": ["--ssl-certfile", str(junk)],
+        "folder": ["--ssl-certfile", str(tmp_path)],
+    }
+    done = CliRunner().invoke(app, ["serve", "/no/such", *flags[case]])
+    told = str(done.exception) + done.output
+    assert "--ssl-" in told and "/no/such" not in told
+    assert isinstance(done.exception, StartupError) or done.exit_code == 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from typing import Any
 
@@ -81,6 +82,7 @@ def test_a_json_object_is_one_if_it_ends(server: ServerProcess) -> None:
     body = BODIES[CHAT] | {"response_format": {"type": "json_object"}, "n": 8, "temperature": 1.5}
     answer = server.http.post(CHAT, json=body | {"seed": 1}).json()
     ended = [c for c in answer["choices"] if c["finish_reason"] == "stop"]
+    assert ended
     assert all(isinstance(json.loads(text_of(c)), dict) for c in ended)
     assert all(text_of(c).startswith("{") for c in answer["choices"])
 
@@ -174,9 +176,21 @@ def test_a_catastrophic_one_is_bounded_and_its_neighbours_go_on(server: ServerPr
     alone = server.http.post(CHAT, json=body).json()["choices"]
     good = server.http.post(CHAT, json=body | {"guided_regex": "a{3}"})
     assert good.json()["choices"][0]["message"]["content"] == "aaa"
+    beside: list[Any] = []
+
+    def ask_meanwhile() -> None:
+        while not beside or not over.is_set():
+            beside.append(server.http.post(CHAT, json=body).json()["choices"])
+
+    over = threading.Event()
+    neighbour = threading.Thread(target=ask_meanwhile)
+    neighbour.start()
     start = time.monotonic()
     bad = server.http.post(CHAT, json=body | {"guided_regex": "(" * 900 + "a" + "|b)*" * 900})
+    over.set()
+    neighbour.join()
     assert bad.status_code == 400 and time.monotonic() - start < 40
+    assert len(beside) > 3 and all(choices == alone for choices in beside)
     assert server.http.get("/health").status_code == 200
     assert server.http.post(CHAT, json=body).json()["choices"] == alone
     again = server.http.post(CHAT, json=body | {"guided_regex": "b{3}"})

@@ -129,6 +129,7 @@ def test_a_conversation_with_calls_and_results_is_taken(server: ServerProcess) -
     assert answer.json()["usage"]["prompt_tokens"] > asked + 20
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "a", "arguments": "{}"}}
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, param, a part of the message
     "same name": ({"tools": [tool(), tool()]}, "tools", "same name"),
     "no such tool": (
@@ -140,9 +141,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, param, a par
     "bad choice": ({"tool_choice": "perhaps"}, "tool_choice", ""),
     "bad name": ({"tools": [tool("two words")]}, "tools.0.function.name", ""),
     "other kind": ({"tools": [{"type": "web_search"}]}, "tools.0.type", ""),
-    "bad parameters": ({"tools": [tool(parameters={"type": "banana"})]}, "tools", "banana"),
+    "bad parameters": (
+        {"tools": [tool(parameters={"type": "object", "properties": {"a": {"type": "banana"}}})]},
+        "tools",
+        "banana",
+    ),
     "strict": (
-        {"tools": [tool(parameters={"not": {}}, strict=True)]},
+        {"tools": [tool(parameters={"type": "object", "not": {}}, strict=True)]},
         "tools",
         "can't be held to",
     ),
@@ -150,6 +155,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, param, a par
         {"response_format": {"type": "json_object"}},
         "response_format",
         "combined with tools",
+    ),
+    "a schema as long as a book": (
+        {"tools": [tool(parameters={"type": "object", "x": "y" * 70_000}, strict=True)]},
+        "tools",
+        "too long",
+    ),
+    "a result of no call": (
+        {"messages": [*BODY["messages"], {"role": "tool", "content": "x"}]},
+        "messages.1.tool_call_id",
+        "",
+    ),
+    "calls of a user": (
+        {"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]},
+        "messages.0.tool_calls",
+        "",
     ),
     "too many": ({"tools": [tool(f"t{i}") for i in range(200)]}, "tools", ""),
     "a user without content": ({"messages": [{"role": "user"}]}, "messages.0.content", ""),
@@ -169,6 +189,27 @@ def test_parameters_that_cant_be_held_to_are_best_effort(server: ServerProcess) 
     loose = tool(parameters={"type": "object", "not": {}})
     body = BODY | {"tools": [loose], "tool_choice": "required", "max_tokens": 30}
     assert server.http.post(CHAT, json=body).status_code == 200
+
+
+@pytest.mark.parametrize("parameters", [{}, {"type": "boolean"}, {"type": ["object", "null"]}])
+def test_arguments_are_an_object_whatever_the_schema_says(
+    server: ServerProcess, parameters: Any
+) -> None:
+    """And of a strict tool, such a schema is refused."""
+    body = BODY | {"tools": [tool(parameters=parameters)], "tool_choice": "required"}
+    body |= {"max_tokens": 60, "logit_bias": {"2": -100}, "temperature": 1.5, "seed": 3}
+    message = server.http.post(CHAT, json=body).json()["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"]["arguments"].startswith("{")
+    strict = server.http.post(CHAT, json=body | {"tools": [tool(parameters={}, strict=True)]})
+    assert strict.status_code == 400 and "no object" in strict.json()["error"]["message"]
+
+
+def test_a_stop_string_inside_of_a_call_is_no_call(server: ServerProcess) -> None:
+    body = BODY | {"tools": [tool()], "tool_choice": "required"}
+    (whole,) = server.http.post(CHAT, json=body).json()["choices"]
+    assert whole["finish_reason"] == "tool_calls"
+    (cut,) = server.http.post(CHAT, json=body | {"stop": ["days"]}).json()["choices"]
+    assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", "days")
 
 
 def pushed(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
@@ -225,7 +266,8 @@ def test_the_model_is_told_in_the_system_message() -> None:
     assert json.dumps(WEATHER) in told[0]["content"]
     system = {"role": "system", "content": [{"type": "text", "text": "Be kind."}]}
     told = with_instructions([system, user], use)
-    assert len(told) == 2 and told[0]["content"][0]["text"] == "Be kind."
+    assert len(told) == 2
+    assert [part["text"] for part in told[0]["content"]] == ["Be kind.", "\n\n", use.instructions]
     assert joined(["a", "", "b"], "-") == "a-b"
 
 

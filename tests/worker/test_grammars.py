@@ -18,6 +18,7 @@ from mm_engine.request import Request
 from mm_engine.sampling_params import MAX_GRAMMAR_LENGTH, SamplingParams, StructuredOutputsParams
 from mm_engine.sequence import Sequence
 from mm_engine.worker.grammars import Grammars
+from mm_engine.worker.json_schema import check_regex
 from mm_engine.worker.sampler import Sampler
 
 EOS = 2
@@ -160,6 +161,23 @@ OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type
         {**OBJECT, "required": ["c"]},
         {"properties": {"deep": {"items": {"not": {}}}}},
         {"$defs": {"n": {"uniqueItems": True}}},
+        {"minimum": 5},
+        {"minLength": 5},
+        {"minItems": 2},
+        {"patternProperties": {"^a$": {"type": "integer"}}},
+        {"type": "string", "format": "email", "maxLength": 2},
+        {"type": "string", "format": "email", "pattern": "^x+$"},
+        {**OBJECT, "propertyNames": {"pattern": "^a$"}},
+        {"allOf": []},
+        {"type": "integer", "enum": ["a"]},
+        {"type": "integer", "const": True},
+        {"type": "string", "pattern": "x(^a)"},
+        {"type": "string", "pattern": "(a$)b"},
+        {"type": "object", "patternProperties": 5},
+        {"type": "object", "patternProperties": [5]},
+        {"type": "object", "required": [["x"]]},
+        {"type": "object", "required": "a"},
+        {"type": "string", "pattern": 5},
         {"type": "object", "properties": []},
         {"anyOf": {"type": "integer"}},
         {"items": [{"type": "integer"}]},
@@ -189,6 +207,11 @@ def test_a_schema_that_would_be_kept_only_in_part_is_refused(
         {"type": "string", "format": "date-time"},
         {"type": "integer", "multipleOf": 5},
         {"allOf": [{"type": "integer"}]},
+        {"type": ["integer", "null"], "minimum": 5},
+        {"type": "number", "enum": [1, 2.5]},
+        {"type": "integer", "const": 2.0},
+        {"type": "string", "pattern": "^a$|^b$"},
+        {"type": "string", "pattern": r"[(^$]\^\$"},
     ],
     ids=str,
 )
@@ -220,6 +243,40 @@ def test_a_grammar_that_takes_ever_longer_ends_its_request(
     assert follow('root ::= "a" root | "a"') == 1500
     with pytest.raises(RequestError, match="takes too long to follow"):
         follow('root ::= root root root | "a" | ""')
+
+
+def test_a_regex_of_a_million_characters_is_looked_through_once() -> None:
+    """Looking back from each of them would take hours."""
+    check_regex("^|" * 500_000)
+
+
+def test_behind_its_end_a_grammar_is_asked_nothing(grammars: Grammars, tokenizer: Any) -> None:
+    """An overlapped step samples one token too many; it is thrown away."""
+    state = grammars.follow(grammars.compile(StructuredOutputsParams(choice=["a"])))
+    a = tokenizer.convert_tokens_to_ids("a")
+    assert state.allowed([]).any() and state.allowed([a]).any()
+    assert state.allowed([a, EOS]).eq(-1).all()
+
+
+def test_answers_of_one_request_share_its_time(grammars: Grammars, tokenizer: Any) -> None:
+    a = tokenizer.convert_tokens_to_ids("a")
+    grammar = grammars.compile(
+        StructuredOutputsParams(grammar='root ::= root root root | "a" | ""')
+    )
+
+    def length(num_answers: int) -> int:
+        state, ids = grammars.follow(grammar, num_answers), list[int]()
+
+        def go_on() -> None:
+            while True:
+                state.allowed(ids)
+                ids.append(a)
+
+        with pytest.raises(RequestError, match="takes too long to follow"):
+            go_on()
+        return len(ids)
+
+    assert length(32) < length(1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from mm_engine.cli import options
+from mm_engine.cli.access import KEY_VARIABLE, api_keys, check_tls
 from mm_engine.cli.model_choice import choose_model, model_names
 from mm_engine.config import SERVED_DECODE_SLOWDOWN
 
@@ -46,7 +47,7 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            envvar="MM_ENGINE_API_KEY",
+            envvar=KEY_VARIABLE,
             show_default=False,
             help="Require this key, or one of these: repeatable, in the variable with spaces "
             "between them. Rather than the flag, which shows in the process list, set the "
@@ -68,6 +69,7 @@ def serve(
         typer.Option(
             metavar="FILE",
             exists=True,
+            dir_okay=False,
             help="Speak HTTPS, with this certificate (PEM, with those it hangs on).",
             show_default=False,
             rich_help_panel=ACCESS_PANEL,
@@ -78,6 +80,7 @@ def serve(
         typer.Option(
             metavar="FILE",
             exists=True,
+            dir_okay=False,
             help="The certificate's private key (PEM); default: in --ssl-certfile.",
             show_default=False,
             rich_help_panel=ACCESS_PANEL,
@@ -284,12 +287,12 @@ def serve(
     from mm_engine.cli.banner import print_banner
     from mm_engine.config import EngineConfig
     from mm_engine.log import format_in_use
-    from mm_engine.server.keys import read_keys
     from mm_engine.server.log import configure_logging
     from mm_engine.server.run import serve as run_server
     from mm_engine.server.settings import ServerSettings
 
     configure_logging(log_level, log_format)
+    check_tls(ssl_certfile, ssl_keyfile)
     options.check_media(allowed_media_domains, allowed_local_media_path)
     name, _ = choose_model(model)  # the banner names the other demos
     fields = options.engine_options(
@@ -331,7 +334,7 @@ def serve(
         hidden_model_names=() if served_model_name else names[1:],
         host=host,
         port=port,
-        api_keys=read_keys(api_key or (), api_key_file),
+        api_keys=api_keys(api_key, api_key_file),
         ssl_certfile=None if ssl_certfile is None else str(ssl_certfile),
         ssl_keyfile=None if ssl_keyfile is None else str(ssl_keyfile),
         allowed_origins=tuple(allowed_origins or ()),

@@ -50,6 +50,9 @@ def main(fd: int, parent_pid: int) -> int:
                 answer = Compiled(None, str(error))
             except MemoryError:
                 answer = Compiled(None, "the grammar takes too much memory. Simplify it.")
+            except Exception as error:  # a library's, about anything; no traceback leaves here
+                name = type(error).__name__
+                answer = Compiled(None, f"the grammar can't be compiled ({name}). Simplify it.")
             connection.send_bytes(msgspec.msgpack.encode(answer))
     return 0
 

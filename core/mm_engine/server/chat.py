@@ -234,8 +234,9 @@ class ChatReply:
     def _finish_reason(self, new: CompletionOutput) -> str | None:
         """`tool_calls` after calls that the model chose; those it was told to make end in `stop`,
         as OpenAI's do."""
-        called = self._readers[new.index].num_calls
-        if new.finish_reason == "stop" and called and not self._named:
+        reader = self._readers[new.index]
+        whole = reader.num_calls and not reader.in_call  # a stop string may end it in a call
+        if new.finish_reason == "stop" and whole and not self._named:
             return "tool_calls"
         return new.finish_reason
 

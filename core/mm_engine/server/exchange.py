@@ -110,7 +110,8 @@ class Exchange(Response):
         with service.admit() as slots, metrics.in_flight.track_inprogress():
             deadline = Deadline(began, service.settings.max_request_seconds)
             deadline.allow(asked_in_header(scope))
-            body = await read_body(receive, service.settings.body_timeout)
+            async with deadline.raising():
+                body = await read_body(receive, service.settings.body_timeout)
             work = self._answer(body or b"", slots, send, arrived, deadline, notes)
             try:
                 done = body is not None and await unless_gone(receive, work)

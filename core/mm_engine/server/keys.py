@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
+import re
 import time
 from collections.abc import Callable, Collection
 from contextvars import ContextVar
@@ -18,13 +19,16 @@ from mm_engine.server.errors import error_body, respond
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # what asks them has no key
 MAX_KEYS = 10_000
+_COMMENT = re.compile(r"(?:^|\s)#.*")
 
 #: The SHA-256 of the key that a request came with; None where none is asked for.
 current_key: ContextVar[bytes | None] = ContextVar("current_key", default=None)
 
 
 def read_keys(given: Collection[str], file: Path | None) -> tuple[str, ...]:
-    """The keys from flag or environment and those of a file: one a line, `#` begins a comment.
+    """The keys from flag or environment and those of a file: one a line.
+
+    In a file a line's `#`, or one behind a space, begins a comment.
 
     Raises:
         StartupError: the file can't be read or has none, or a key holds other characters than
@@ -39,7 +43,7 @@ def read_keys(given: Collection[str], file: Path | None) -> tuple[str, ...]:
             raise StartupError(
                 f"the API keys can't be read: {file} ({cause}). Check --api-key-file."
             ) from None
-        found = [key for line in lines if (key := line.partition("#")[0].strip())]
+        found = [key for line in lines if (key := _COMMENT.sub("", line).strip())]
         if not found:
             raise StartupError(f"there is no API key in {file}. Write one a line.")
         keys += found
@@ -62,7 +66,9 @@ class ApiKey:
 
     def __init__(self, app: ASGIApp, keys: Collection[str]) -> None:
         self.app = app
-        self._digests = [hashlib.sha256(key.encode("utf-8", "surrogateescape")) for key in keys]
+        self._digests = [
+            hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in keys
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what carries a key."""
@@ -91,7 +97,7 @@ class ApiKey:
         digest = hashlib.sha256(key.strip()).digest()
         known = False
         for other in self._digests:
-            known |= hmac.compare_digest(digest, other.digest())
+            known |= hmac.compare_digest(digest, other)
         return digest if known and scheme.lower() == b"bearer" else None
 
 

@@ -27,10 +27,11 @@ def check_options(asked: Mapping[str, Any] | None, allowed: Collection[str]) -> 
                 param=FIELD,
             )
         most = MAX_PIXELS if "pixels" in name else MAX_SIDE
-        if not _is_small(value, most):
+        least = 1 if "pixels" in name or "size" in name else -most
+        if not _is_within(value, least, most):
             raise RequestError(
-                f"{FIELD}.{name} is too large. It has at most {MAX_VALUES} values, numbers up to "
-                f"{most}.",
+                f"{FIELD}.{name} is out of range. It has at most {MAX_VALUES} values, numbers up "
+                f"to {most}; sizes and pixels from 1.",
                 param=FIELD,
             )
 
@@ -49,14 +50,14 @@ def check_allowed(allowed: Collection[str], known: Collection[str] | None) -> No
         )
 
 
-def _is_small(value: Any, most: int) -> bool:
+def _is_within(value: Any, least: int, most: int) -> bool:
     waiting, num_values = [value], 0
     while waiting:
         value = waiting.pop()
         num_values += 1
         if num_values > MAX_VALUES or (isinstance(value, str) and len(value) > MAX_VALUES):
             return False
-        if isinstance(value, int | float) and not abs(value) <= most:  # nor nan
+        if isinstance(value, int | float) and not least <= value <= most:  # nor nan
             return False
         if isinstance(value, dict | list):
             waiting += value.values() if isinstance(value, dict) else value

@@ -70,8 +70,23 @@ class Message(Shape):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: list[ToolCall] | None = None  # the assistant's
-    tool_call_id: str | None = None  # of the call whose result a tool's turn tells
+    #: Of the call whose result a tool's turn tells.
+    tool_call_id: Annotated[str | None, Field(validate_default=True)] = None
     content: Annotated[str | ContentParts | None, Field(validate_default=True)] = None
+
+    @field_validator("tool_calls", mode="after")
+    @classmethod
+    def _check_calls(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("role") != "assistant":
+            raise PydanticCustomError("role", "Only the assistant calls tools")
+        return value
+
+    @field_validator("tool_call_id", mode="after")
+    @classmethod
+    def _check_call(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("role") == "tool":
+            raise PydanticCustomError("missing", "Field required")
+        return value
 
     @field_validator("content", mode="after")
     @classmethod
@@ -215,17 +230,9 @@ class ChatRequest(GenerationRequest):
             )
         return "tools"
 
-    @property
-    def structure(self) -> StructuredOutputsParams | None:
-        """What the answer must look like, if anything.
-
-        Raises:
-            RequestError: several fields say it, or one is malformed.
-        """
+    def _make_structure(self, field: str) -> StructuredOutputsParams:
         use = self.tool_use
-        if use is None or self.structure_field is None:
-            return super().structure
-        return use.structure
+        return super()._make_structure(field) if use is None else use.structure
 
     def sampling_params(self) -> SamplingParams:
         """How tokens are chosen; without a limit, up to the model's length.
@@ -326,6 +333,9 @@ def parse(shape: type[RequestT], body: bytes) -> RequestT:
         if name in data and data[name] not in harmless:
             raise RequestError(f"{name} is not offered. Leave it out.", param=name)
     try:
-        return shape.model_validate(data)
+        request = shape.model_validate(data)
     except ValidationError as invalid:
         raise request_error_of(invalid, data) from None
+    if isinstance(request, StructureFields):
+        request.read_structure()
+    return request

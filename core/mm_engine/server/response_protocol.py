@@ -209,24 +209,12 @@ class ResponseRequest(GenerationRequest):
             )
         return "text.format"
 
-    @property
-    def structure(self) -> StructuredOutputsParams | None:
-        """What the answer must look like, if anything.
-
-        Raises:
-            RequestError: several fields say it, or one is malformed.
-        """
-        field = self.structure_field
+    def _make_structure(self, field: str) -> StructuredOutputsParams:
         if field != "text.format" or self.text is None:
-            return super().structure
-        asked = self.text.format
-        if not isinstance(asked, SchemaFormat):
+            return super()._make_structure(field)
+        if not isinstance(self.text.format, SchemaFormat):
             return StructuredOutputsParams(json_object=True)
-        try:
-            return StructuredOutputsParams(json=json.dumps(asked.schema_))
-        except RequestError as error:
-            error.param = field
-            raise
+        return StructuredOutputsParams(json=json.dumps(self.text.format.schema_))
 
     def chat(self) -> ChatRequest:
         """The same conversation as a chat's: messages and parts keep their order and number.

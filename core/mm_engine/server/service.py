@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import ip_address, ip_network
@@ -228,13 +229,18 @@ class Service:
         structure = asked.structure
         if structure is None:
             return None
+        key, left = current_key.get(), threading.Event()
         try:
             return await to_thread.run_sync(
-                lambda: self._grammars.compile(structure), limiter=self._grammar_threads
+                lambda: self._grammars.compile(structure, key, left),
+                limiter=self._grammar_threads,
+                abandon_on_cancel=True,  # it ends soon after `left` is set
             )
         except RequestError as error:
             error.param = asked.structure_field
             raise
+        finally:
+            left.set()
 
     async def close(self) -> None:
         """End what was started for requests."""

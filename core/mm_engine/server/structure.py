@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from mm_engine.errors import RequestError
 from mm_engine.sampling_params import StructuredOutputsParams
@@ -68,6 +68,8 @@ class StructureFields(Shape):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
 
+    _structure: StructuredOutputsParams | None = PrivateAttr(None)
+
     @property
     def structure_field(self) -> str | None:
         """The field that is given; None if the answer is free.
@@ -87,19 +89,27 @@ class StructureFields(Shape):
 
     @property
     def structure(self) -> StructuredOutputsParams | None:
-        """What the answer must look like, if anything.
+        """What the answer must look like, if anything; known once `read_structure` was called."""
+        return self._structure
+
+    def read_structure(self) -> None:
+        """Find `structure`. A schema may be long: where that is possible, not in the event loop.
 
         Raises:
             RequestError: several fields say it, or one is malformed.
         """
         field = self.structure_field
         if field is None:
-            return None
+            return
         try:
-            return StructuredOutputsParams(**self._given(field))
+            self._structure = self._make_structure(field)
         except RequestError as error:
             error.param = field
             raise
+
+    def _make_structure(self, field: str) -> StructuredOutputsParams:
+        """What `field` says, the one that is given."""
+        return StructuredOutputsParams(**self._given(field))
 
     def _given(self, field: str) -> dict[str, Any]:
         if isinstance(self.response_format, JsonSchemaFormat):

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from mm_engine.errors import MMEngineError
+from mm_engine.log import place_of
 
 if TYPE_CHECKING:
     from mm_engine.engine.client import EngineClient
@@ -61,6 +62,9 @@ async def _restart(
         service.client = await start()
     except MMEngineError as error:
         logger.error("the engine can't be started again: %s", error)
+        return
+    except Exception as error:  # no memory, no file descriptors, no folder for its socket
+        logger.error("the engine can't be started again: %s.", place_of(error))
         return
     service.metrics.restarts.inc()
     service.pipeline.limit_length(service.client.info.kv_cache_tokens)

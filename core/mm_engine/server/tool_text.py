@@ -53,6 +53,10 @@ def joined(contents: Sequence[Content], between: str = "\n\n") -> Content:
         return between.join(str(content) for content in contents if content)
     parts: list[dict[str, Any]] = []
     for content in contents:
+        if not content:
+            continue
+        if parts and between:
+            parts.append({"type": "text", "text": between})
         parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
     return parts
 
@@ -71,7 +75,7 @@ class ToolCallReader:
     def __init__(self) -> None:
         self.num_calls = 0
         self._held = ""  # what may be the beginning of something
-        self._in_call = False
+        self.in_call = False  # and not yet behind its end
         self._depth: int | None = None  # of the arguments' brackets; None: before or behind them
         self._in_string = self._escaped = False
 
@@ -81,14 +85,14 @@ class ToolCallReader:
         self._held += text
         while self._step(news):
             pass
-        if last and not self._in_call:
+        if last and not self.in_call:
             news.text += self._held
             self._held = ""
         return news
 
     def _step(self, news: News) -> bool:
         """Read on; whether there may be more to read."""
-        if not self._in_call:
+        if not self.in_call:
             return self._read_text(news)
         if self._depth is None:
             return self._read_head(news)
@@ -99,7 +103,7 @@ class ToolCallReader:
         if opens:
             # The line's end before a call belongs to it, as that between two calls does.
             news.text += before.removesuffix("\n")
-            self._held, self._in_call = behind, True
+            self._held, self.in_call = behind, True
             return True
         keep = _num_begun(before, f"\n{CALL_OPENS}", CALL_OPENS)
         news.text += before[: len(before) - keep]
@@ -124,7 +128,7 @@ class ToolCallReader:
             return True
         _, closes, behind = self._held.partition(CALL_CLOSES)
         if closes:
-            self._held, self._in_call = behind, False
+            self._held, self.in_call = behind, False
         return bool(closes)
 
     def _read_arguments(self, news: News) -> bool:

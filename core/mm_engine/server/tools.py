@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mm_engine.errors import RequestError
-from mm_engine.sampling_params import StructuredOutputsParams
+from mm_engine.sampling_params import MAX_GRAMMAR_LENGTH, StructuredOutputsParams
 from mm_engine.server.shape import Shape
 from mm_engine.worker.json_schema import check_schema
 
@@ -169,7 +169,12 @@ def _parameters(function: Function) -> Any:
     if schema is None:
         return {"type": "object"}
     try:
-        check_schema(json.dumps(schema))
+        text = json.dumps(schema)
+        if len(text) > MAX_GRAMMAR_LENGTH:
+            raise RequestError("the parameters of a tool are too long. Shorten them.")
+        if schema.get("type") != "object":
+            raise RequestError("the parameters of a tool are no object. Say type: object.")
+        check_schema(text)
     except RequestError as error:
         if function.strict:
             error.param = "tools"

@@ -94,15 +94,15 @@ class Grammars:
         _keep(self._compiled, structure, grammar)
         return grammar
 
-    def follow(self, grammar: bytes) -> GrammarState:
-        """The state of a new answer that is to keep to `grammar`."""
+    def follow(self, grammar: bytes, num_answers: int = 1) -> GrammarState:
+        """The state of a new answer (one of so many of its request) that keeps to `grammar`."""
         digest = hashlib.sha256(grammar).digest()
         compiled = self._kept.get(digest)
         if compiled is None:
             xgrammar = load_xgrammar()
             compiled = xgrammar.CompiledGrammar.deserialize_json(grammar.decode(), self.vocabulary)
         _keep(self._kept, digest, compiled)
-        return GrammarState(compiled, self._vocab_size)
+        return GrammarState(compiled, self._vocab_size, 1 / num_answers)
 
 
 def _keep(cache: OrderedDict[Any, Any], key: object, value: object) -> None:
@@ -116,8 +116,10 @@ def _keep(cache: OrderedDict[Any, Any], key: object, value: object) -> None:
 class GrammarState:
     """How far one answer has come in its grammar."""
 
-    def __init__(self, compiled: Any, vocab_size: int) -> None:
+    def __init__(self, compiled: Any, vocab_size: int, share: float = 1.0) -> None:
+        """`share` is this answer's of the time that those of its request may take."""
         xgrammar = load_xgrammar()
+        self._share = share
         self._matcher = xgrammar.GrammarMatcher(compiled)
         self._bits = xgrammar.allocate_token_bitmask(1, vocab_size)
         self._num_tokens = 0
@@ -140,13 +142,15 @@ class GrammarState:
                     param=PARAM,
                 )
         self._num_tokens = len(token_ids)
+        if self._matcher.is_terminated():  # what follows its end is thrown away
+            return self._bits.fill_(-1)
         self._matcher.fill_next_token_bitmask(self._bits)
         self._seconds += time.thread_time() - start
         if not self._bits.any():
             raise RequestError(
                 "the grammar allows no token of this model here. Change it.", param=PARAM
             )
-        if self._seconds > START_SECONDS + TOKEN_SECONDS * self._num_tokens:
+        if self._seconds > self._share * (START_SECONDS + TOKEN_SECONDS * self._num_tokens):
             raise RequestError(
                 "the grammar takes too long to follow: it is too ambiguous. Simplify it.",
                 param=PARAM,
@@ -215,8 +219,11 @@ def _on_one_line(xgrammar: Any, part: Any) -> Any:
         return [_on_one_line(xgrammar, member) for member in part]
     if not isinstance(part, dict):
         return part
-    if part.get("type") == "json_schema" and part.keys() <= {"type", "json_schema"}:
+    if part.get("type") == "json_schema":
         schema = json.dumps(part.get("json_schema"))
+        check_schema(schema)
+        if not part.keys() <= {"type", "json_schema"}:
+            return part
         grammar = xgrammar.Grammar.from_json_schema(schema, any_whitespace=False)
         return {"type": "grammar", "grammar": str(grammar)}
     return {

@@ -185,7 +185,7 @@ class Sampler:
         assert self._grammars is not None
         state = self._state(sequence)
         if state.grammar is None:
-            state.grammar = self._grammars.follow(grammar)
+            state.grammar = self._grammars.follow(grammar, sequence.request.sampling_params.n)
         ids = [*sequence.output_token_ids, *accepted]
         if ids and ids[-1] == UNKNOWN_TOKEN:  # the device knows it: what comes next hangs on it
             ids[-1] = int(sequence.newest.item())
