@@ -122,6 +122,15 @@ def serve(
     ] = None,
     allowed_media_domains: options.AllowedMediaDomains = None,
     allowed_local_media_path: options.AllowedLocalMediaPath = None,
+    max_connections: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Connections at once; one more takes the place of the longest idle, or gets "
+            "status 503 if all have a request.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = 1024,
     max_queued_requests: Annotated[
         int,
         typer.Option(
@@ -308,6 +317,7 @@ def serve(
         allowed_media_domains=tuple(allowed_media_domains or ()),
         allowed_local_media_path=allowed_local_media_path,
         chat_template=chat_template,
+        max_connections=max_connections,
         max_queued_requests=max_queued_requests,
         max_queued_tokens=max_queued_tokens,
         max_request_seconds=max_request_seconds,
