@@ -78,7 +78,7 @@ def undisturbed(server: ServerProcess, *, new_rows: bool = False) -> Iterator[No
     """
     alone = answer(server)
     wait_until(lambda: server.is_idle, "it to be idle before")
-    before, children, start = holdings(server), server._children(), len(server.output)
+    before, start = holdings(server), len(server.output)
     begun, over = threading.Event(), threading.Event()
     answers: list[str] = []
 
@@ -95,7 +95,8 @@ def undisturbed(server: ServerProcess, *, new_rows: bool = False) -> Iterator[No
         over.set()
         thread.join()
     assert answers and set(answers) == {alone}, "the neighbour's answers are those it gets alone"
-    assert server._children() == children, "the same engine process"
+    # Others may have come: the one that compiles grammars is started with the first of them.
+    assert set(server.children) <= set(server._children()), "the same engine process"
     assert server.http.get("/health").status_code == 200
     wait_until(lambda: server.is_idle, "everything given back")
 
