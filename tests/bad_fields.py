@@ -110,5 +110,5 @@ DETOKENIZE_FIELDS: list[tuple[str, Any, str]] = [
     ("tokens", [1, -1], "tokens.1"),
     ("tokens", [2**31], "tokens.0"),
     ("tokens", [10**6], "tokens"),
-    ("tokens", [1] * (2**20 + 1), "tokens"),
+    ("tokens", [1] * (2**19 + 1), "tokens"),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hmac
 import ssl
 import subprocess
 import threading
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 
 from mm_engine.cli.main import app
 from mm_engine.errors import Overloaded, StartupError
-from mm_engine.server.keys import KeyLimits, read_keys
+from mm_engine.server.keys import ApiKey, KeyLimits, read_keys
 from serving import FLAGS, ServerProcess, wait_until
 
 COMPLETIONS = "/v1/completions"
@@ -231,3 +233,31 @@ def test_certificates_are_looked_at_before_the_model_is_loaded(tmp_path: Path, c
     told = str(done.exception) + done.output
     assert "--ssl-" in told and "/no/such" not in told
     assert isinstance(done.exception, StartupError) or done.exit_code == 2
+
+
+@pytest.mark.parametrize("sent", [*KEYS, "", "x", KEYS[0][:-1], "x" * 10_000])
+def test_every_key_is_compared_whichever_is_sent(
+    monkeypatch: pytest.MonkeyPatch, sent: str
+) -> None:
+    """So that the time it takes tells nothing: whole digests, each with all of them."""
+    compared: list[tuple[int, int]] = []
+    compare = hmac.compare_digest
+
+    def counted(a: bytes, b: bytes) -> bool:
+        compared.append((len(a), len(b)))
+        return compare(a, b)
+
+    monkeypatch.setattr(hmac, "compare_digest", counted)
+    statuses: list[int] = []
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status", 0))
+
+    async def app(*_: Any) -> None:
+        statuses.append(200)
+
+    headers = [(b"authorization", f"Bearer {sent}".encode())]
+    scope = {"type": "http", "path": "/v1/models", "headers": headers}
+    asyncio.run(ApiKey(app, KEYS)(scope, None, send))  # type: ignore[arg-type]
+    assert statuses[0] == (200 if sent in KEYS else 401)
+    assert compared == [(32, 32)] * len(KEYS)

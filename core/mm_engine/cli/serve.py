@@ -135,6 +135,15 @@ def serve(
             rich_help_panel=SERVER_PANEL,
         ),
     ] = None,
+    max_connections: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Connections at once; one more takes the place of the longest idle, or gets "
+            "status 503 if all have a request.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = 1024,
     max_queued_requests: Annotated[
         int,
         typer.Option(
@@ -344,6 +353,7 @@ def serve(
         allowed_local_media_path=allowed_local_media_path,
         allowed_mm_processor_kwargs=tuple(allowed_mm_processor_kwargs or ()),
         chat_template=chat_template,
+        max_connections=max_connections,
         max_queued_requests=max_queued_requests,
         max_queued_tokens=max_queued_tokens,
         max_request_seconds=max_request_seconds,

@@ -24,6 +24,9 @@ from mm_engine.sampling_params import SamplingParams
 from mm_engine.worker.grammars import Grammars
 from mm_engine.worker.loader import OpenedModel, pick_device
 
+MIN_TEXT = 2**20  # bytes that are tokenized at once, however short the model's length is
+TEXT_PER_TOKEN = 16  # bytes for each token of the model's length: several times what texts have
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedPrompt:
@@ -59,6 +62,11 @@ class InputPipeline:
         """Take no request longer than `num_tokens`: what the KV cache turned out to hold."""
         self.max_len = min(self.max_len, num_tokens)
 
+    @property
+    def max_text(self) -> int:
+        """The most bytes of text in one prompt; to tokenize more only to refuse it takes long."""
+        return max(MIN_TEXT, TEXT_PER_TOKEN * self.max_len)
+
     def prepare(
         self,
         inputs: PromptInputs,
@@ -78,6 +86,7 @@ class InputPipeline:
         if (ids is None) == (inputs.prompt is None):
             raise RequestError("give either a prompt or prompt_token_ids.", param="prompt")
         if ids is None:
+            self._check_size([inputs.prompt])
             ids = self._tokenize(inputs.prompt)
         return self._expand(
             inputs.prompt, ids, inputs.multi_modal_data, cache_salt, mm_processor_kwargs or {}
@@ -98,13 +107,16 @@ class InputPipeline:
             RequestError: the messages or one of their images are at fault.
             PluginError: a hook is.
         """
-        images = [
-            part.get("image")
-            for message in messages
-            if isinstance(message, Mapping) and isinstance(message.get("content"), list | tuple)
-            for part in message["content"]
-            if isinstance(part, Mapping) and part.get("type") == "image"
+        contents = [m.get("content") for m in messages if isinstance(m, Mapping)]
+        parts = [
+            part
+            for content in contents
+            if isinstance(content, list | tuple)
+            for part in content
+            if isinstance(part, Mapping)
         ]
+        self._check_size([*contents, *(part.get("text") for part in parts)])
+        images = [part.get("image") for part in parts if part.get("type") == "image"]
         renderer = self.chat
         if chat_template is not None:
             renderer = ChatRenderer(self.ctx, chat_template, self.chat.image_text)
@@ -229,6 +241,18 @@ class InputPipeline:
             )
         params = SamplingParams(max_tokens=1, temperature=0.0)
         return Request("profile", prepared.prompt_token_ids, params, prepared.items)
+
+    def _check_size(self, texts: Sequence[Any]) -> None:
+        num_bytes = sum(
+            len(t.encode("utf-8", "surrogatepass")) for t in texts if isinstance(t, str)
+        )
+        if num_bytes > self.max_text:
+            raise RequestError(
+                f"the text is too long: {num_bytes} bytes. Send at most {self.max_text}, and no "
+                f"more tokens than {self.max_len - 1}.",
+                param="messages",
+                code="context_length_exceeded",
+            )
 
     def _tokenize(self, prompt: Any) -> tuple[int, ...]:
         if not isinstance(prompt, str):

@@ -128,7 +128,8 @@ def _conversation(asked: ChatRequest, images: Iterator[Any]) -> list[dict[str, A
 def _sources(asked: ChatRequest) -> list[ImageSource]:
     sources = []
     for m, message in enumerate(asked.messages):
-        for p, part in enumerate(message.content or ()):
+        parts = message.content if isinstance(message.content, list) else []
+        for p, part in enumerate(parts):
             if isinstance(part, ImagePart):
                 image = part.image_url
                 url = image.url if isinstance(image, ImageURL) else image

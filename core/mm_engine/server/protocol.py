@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError, from_json
 from mm_engine.errors import RequestError
 from mm_engine.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutputsParams
 from mm_engine.server.errors import request_error_of
-from mm_engine.server.shape import NotOffered, Shape
+from mm_engine.server.shape import Items, NotOffered, Shape, at_most
 from mm_engine.server.structure import StructureFields
 from mm_engine.server.tools import ToolCall, ToolChoice, Tools, ToolUse
 
@@ -30,6 +30,10 @@ MAX_MESSAGES = 2048
 MAX_PARTS = 2048  # content parts of one message
 MAX_PROMPTS = 1024  # prompts of one completion request
 MAX_SALT = 1024  # characters of a cache_salt
+MAX_BIASES = 8192  # entries of a logit_bias
+#: Lists, objects and commas of a body. What makes Python objects of it holds up the event loop,
+#: wherever it runs; an image is one long string, and a text is limited by its bytes.
+MAX_VALUES = 2**19 + 2**12
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -62,14 +66,14 @@ class ImagePart(Shape):
 
 
 ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-ContentParts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS)]
+ContentParts = Annotated[Items[ContentPart], Field(max_length=MAX_PARTS)]
 
 
 class Message(Shape):
     """One turn of a conversation. Only the assistant's may have no content: it calls tools."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    tool_calls: list[ToolCall] | None = None  # the assistant's
+    tool_calls: Items[ToolCall] | None = None  # the assistant's
     #: Of the call whose result a tool's turn tells.
     tool_call_id: Annotated[str | None, Field(validate_default=True)] = None
     content: Annotated[str | ContentParts | None, Field(validate_default=True)] = None
@@ -127,11 +131,11 @@ class GenerationRequest(StructureFields):
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
-    logit_bias: dict[TokenIdString, Number] | None = None
+    logit_bias: Annotated[dict[TokenIdString, Number], at_most(MAX_BIASES)] | None = None
     max_tokens: Int64 | None = None
     min_tokens: Int64 | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: str | Items[str] | None = None
+    stop_token_ids: Items[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -195,7 +199,7 @@ class ChatRequest(GenerationRequest):
         "web_search_options": (None,),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     mm_processor_kwargs: dict[str, Any] | None = None  # see `check_options`
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None  # of tools: "auto"
@@ -261,7 +265,7 @@ def _one_message(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
 
 Prompt = str | list[TokenId]
 Prompts = Annotated[
-    str | list[str] | list[TokenId] | list[list[TokenId]], WrapValidator(_one_message)
+    str | Items[str] | Items[TokenId] | Items[Items[TokenId]], WrapValidator(_one_message)
 ]
 
 
@@ -321,8 +325,14 @@ def parse(shape: type[RequestT], body: bytes) -> RequestT:
     """Read a body.
 
     Raises:
-        RequestError: no JSON object, a field of the wrong type, or one that isn't offered.
+        RequestError: no JSON object, too much in it, a field of the wrong type, or one that isn't
+            offered.
     """
+    num_values = sum(map(body.count, (b",", b"[", b"{")))
+    if num_values > MAX_VALUES:
+        raise RequestError(
+            f"the body holds too many values: {num_values}. Send at most {MAX_VALUES} at once."
+        )
     try:
         data = from_json(body, allow_inf_nan=False)
     except ValueError:

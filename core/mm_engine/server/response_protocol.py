@@ -26,7 +26,7 @@ from mm_engine.server.protocol import (
     StreamOptions,
     TextPart,
 )
-from mm_engine.server.shape import NotOffered, Shape
+from mm_engine.server.shape import Items, NotOffered, Shape, at_most
 from mm_engine.server.structure import Json, JsonObjectFormat, TextFormat
 
 MAX_METADATA = 16  # pairs
@@ -34,6 +34,9 @@ LOGPROBS = "message.output_text.logprobs"  # what `include` says to get log-prob
 
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
+Metadata = Annotated[
+    dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA), at_most(MAX_METADATA)
+]
 Label = Annotated[str, Field(max_length=1024)]  # of the caller's own; it comes back unread
 
 
@@ -68,7 +71,7 @@ class InputMessage(Shape):
 
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | Annotated[list[InputPart], Field(max_length=MAX_PARTS)]
+    content: str | Annotated[Items[InputPart], Field(max_length=MAX_PARTS)]
 
 
 class SchemaFormat(Shape):
@@ -125,12 +128,12 @@ class ResponseRequest(GenerationRequest):
         "truncation": (None, "disabled"),
     }
 
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Annotated[Items[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: Annotated[Int64, Field(ge=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     include: (
-        list[
+        Items[
             Literal[
                 "code_interpreter_call.outputs",
                 "computer_call_output.output.image_url",
@@ -149,9 +152,7 @@ class ResponseRequest(GenerationRequest):
     store: bool | None = None  # nothing is kept; the answer says so
     tool_choice: Literal["none", "auto"] | None = None  # of no tools
     parallel_tool_calls: bool | None = None
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] | None = (
-        None
-    )
+    metadata: Metadata | None = None
     user: Label | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None

@@ -232,10 +232,13 @@ def _build(
     client: EngineClient, pipeline: InputPipeline, settings: ServerSettings
 ) -> tuple[Service, _HTTPServer]:
     from mm_engine.server.app import create_app
+    from mm_engine.server.connection import Limits, room_for
 
     app = create_app(client, pipeline, settings)
+    limits = Limits(settings.head_timeout, room_for(settings.max_connections))
     config = uvicorn.Config(
         app,
+        http=limits.protocol(),
         log_config=None,
         access_log=False,
         lifespan="off",

@@ -37,6 +37,8 @@ class ServerSettings:
     max_input_threads: int = 4  # prompts that are rendered, decoded and mapped at the same time
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"  # whether requests may have a priority
     grammar_timeout: float = 5.0  # for one grammar of structured output to be compiled
+    max_connections: int = 1024  # at once; another takes the place of one that is idle
+    head_timeout: float = 10.0  # for a request's head to arrive, from the connection's start on
     body_timeout: float = 60.0  # for a request's body to arrive
     send_timeout: float = 60.0  # for a client to read what it is sent
     drain_timeout: float = 30.0  # for streams to finish after SIGTERM

@@ -9,7 +9,7 @@ from pydantic import Field, PrivateAttr
 
 from mm_engine.errors import RequestError
 from mm_engine.sampling_params import StructuredOutputsParams
-from mm_engine.server.shape import Shape
+from mm_engine.server.shape import Items, Shape
 
 Json = dict[str, Any] | bool
 
@@ -52,7 +52,7 @@ class StructuredOutputs(Shape):
 
     json_: Annotated[Json | str | None, Field(alias="json")] = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | None = None
@@ -65,7 +65,7 @@ class StructureFields(Shape):
     structured_outputs: StructuredOutputs | None = None
     guided_json: Json | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
 
     _structure: StructuredOutputsParams | None = PrivateAttr(None)

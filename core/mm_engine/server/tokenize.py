@@ -20,11 +20,9 @@ from mm_engine.server.protocol import (
     TokenId,
 )
 from mm_engine.server.service import Service
-from mm_engine.server.shape import NotOffered, Shape
+from mm_engine.server.shape import Items, NotOffered, Shape
 
-MIN_TEXT = 2**20  # bytes that are tokenized at once, however short the model's length is
-TEXT_PER_TOKEN = 16  # bytes for each token of the model's length
-MAX_TOKENS = 2**20  # ids of one body
+MAX_TOKENS = 2**19  # ids of one body
 
 
 class TokenizeRequest(Shape):
@@ -40,7 +38,7 @@ class TokenizeRequest(Shape):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None  # to a prompt; in a chat the template has them
     add_generation_prompt: bool | None = None  # to messages
     return_token_strs: bool | None = None
@@ -84,7 +82,7 @@ class DetokenizeRequest(Shape):
     """The body of `POST /detokenize`."""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
+    tokens: Annotated[Items[TokenId], Field(max_length=MAX_TOKENS)]
 
 
 class Detokenized(BaseModel):
@@ -103,7 +101,7 @@ async def tokenize(service: Service, body: bytes) -> Tokens:
     asked = await parsed(service, TokenizeRequest, body)
     service.check_model(asked.model)
     tokenizer = service.pipeline.ctx.tokenizer
-    asked.check(max(MIN_TEXT, TEXT_PER_TOKEN * service.pipeline.max_len))
+    asked.check(service.pipeline.max_text)
 
     def told(ids: list[int]) -> Tokens:
         strings = None

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from mm_engine.errors import RequestError
 from mm_engine.sampling_params import MAX_GRAMMAR_LENGTH, StructuredOutputsParams
-from mm_engine.server.shape import Shape
+from mm_engine.server.shape import Items, Shape
 from mm_engine.worker.json_schema import check_schema
 
 MAX_TOOLS = 128
@@ -77,7 +77,7 @@ class ToolCall(Shape):
     function: CalledFunction
 
 
-Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
+Tools = Annotated[Items[Tool], Field(max_length=MAX_TOOLS)]
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
