@@ -121,7 +121,13 @@ class Server:
         return bool(found)
 
     def is_ready(self) -> bool:
-        """Whether /ready answers 200."""
+        """Whether /ready answers 200.
+
+        Raises:
+            RuntimeError: nothing will answer any more.
+        """
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the server has ended: exit status {self.process.returncode}.")
         try:
             return self.http.get("/ready").status_code == httpx.codes.OK
         except httpx.HTTPError:
