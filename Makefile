@@ -10,7 +10,7 @@ BUILD := hatchling editables scikit-build-core nanobind cmake ninja
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 KERNELS := kernels/pyproject.toml kernels/cmake/CMakeLists.txt $(wildcard kernels/cpp/*)
 
-.PHONY: serve test lint bench docs defects clients contract wheels venv
+.PHONY: serve test lint bench soak docs defects clients contract wheels venv
 
 serve: $(INSTALLED) ## Serve the demo checkpoint, or what ARGS names: make serve PORT=8123
 	$(BIN)/engine serve --port $(PORT) $(ARGS)
@@ -25,6 +25,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED) ## Measure against transformers on this machine
 	$(BIN)/python benchmarks/compare.py $(ARGS)
+
+soak: $(INSTALLED) ## Ask one server 20,000 mixed requests, some bad or given up on: does it stay flat?
+	$(BIN)/python benchmarks/open.py soak $(ARGS)
 
 docs: $(INSTALLED) ## Write docs/reference from hooks and help, README's figures from their records
 	$(BIN)/python docs/generate.py

@@ -161,6 +161,19 @@ def serve(
             rich_help_panel=SERVER_PANEL,
         ),
     ] = 131_072,
+    max_queue_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=options.MAX_SECONDS,
+            metavar="SECONDS",
+            help="Longest wait for the first token of an answer that a request may have to expect, "
+            "by those that wait already and the pace at which answers have begun lately; more get "
+            "status 429. Bounds latency where the other two bound memory.",
+            show_default=False,
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = None,
     max_request_seconds: Annotated[
         float | None,
         typer.Option(
@@ -356,6 +369,7 @@ def serve(
         max_connections=max_connections,
         max_queued_requests=max_queued_requests,
         max_queued_tokens=max_queued_tokens,
+        max_queue_seconds=max_queue_seconds,
         max_request_seconds=max_request_seconds,
         drain_timeout=drain_timeout,
         max_engine_restarts=max_engine_restarts,

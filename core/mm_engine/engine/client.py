@@ -144,16 +144,19 @@ class EngineClient:
 
     async def close(self) -> None:
         """End the process: ask, wait, kill. What is still being answered gets `EngineDead`."""
+        how = "it was closed"
         try:
             if self.alive:
                 self._send(wire.Shutdown())
                 async with asyncio.timeout(SHUTDOWN_SECONDS):
                     while self._process.poll() is None:
                         await asyncio.sleep(POLL_SECONDS / 10)
+            elif self._process.poll() is not None:  # before anybody could close it
+                how = self._last_words or how_it_ended(self._process)
         except TimeoutError:
             pass
         finally:
-            self._die("it was closed")
+            self._die(how)
             for task in self._tasks:
                 task.cancel()
             self._clean_up()

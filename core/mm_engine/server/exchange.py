@@ -108,6 +108,7 @@ class Exchange(Response):
         service, metrics = self._service, self._service.metrics
         send = _impatient(send, service.settings.send_timeout)
         with service.admit() as slots, metrics.in_flight.track_inprogress():
+            slots.wait()
             deadline = Deadline(began, service.settings.max_request_seconds)
             deadline.allow(asked_in_header(scope))
             async with deadline.raising():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from mm_engine.request import Request
 from mm_engine.server.answer import Answer
 from mm_engine.server.keys import KeyLimits, current_key
 from mm_engine.server.metrics import Metrics
+from mm_engine.server.queue_time import QueueTime
 from mm_engine.server.settings import ServerSettings
 from mm_engine.server.structure import StructureFields
 
@@ -48,6 +50,23 @@ class Slots:
         self._service = service
         self.num_prompts = 0
         self.num_tokens = 0
+        self._waits = False
+
+    def wait(self) -> None:
+        """Wait for the first token of an answer.
+
+        Raises:
+            Overloaded: that would take longer than anybody is to wait.
+        """
+        queue, limit = self._service.queue, self._service.settings.max_queue_seconds
+        if limit is not None and (seconds := queue.seconds) > limit:
+            raise Overloaded(
+                f"the queue is too long: about {math.ceil(seconds)} s to a first token. Send the "
+                "request again later.",
+                retry_after=math.ceil(seconds - limit),
+            )
+        queue.join()
+        self._waits = True
 
     def take(self, num_prompts: int) -> None:
         """Have this many in all.
@@ -86,8 +105,20 @@ class Slots:
 
     def begun(self) -> None:
         """The prompts have been computed, or the first of them."""
+        if self._waits:
+            self._service.queue.begin()
+            self._waits = False
         self._service.num_tokens -= self.num_tokens
         self.num_tokens = 0
+
+    def give_back(self) -> None:
+        """Have nothing any more."""
+        if self._waits:
+            self._service.queue.leave()
+            self._waits = False
+        self.begun()
+        self._service.num_prompts -= self.num_prompts
+        self.num_prompts = 0
 
 
 def bound_salt(key: bytes | None, asked: str) -> str:
@@ -117,6 +148,7 @@ class Service:
         self.num_tokens = 0  # of prompts, admitted and without a token of an answer
         self.metrics.queued_tokens.set_function(lambda: self.num_tokens)
         self.metrics.max_queued_tokens.set(settings.max_queued_tokens)
+        self.queue = QueueTime()
         self.draining = False
         self.restarting = False  # the engine has died, and another is being started
         self.traces: Traces | None = None
@@ -212,8 +244,7 @@ class Service:
             finally:
                 self._keys.end(key)
         finally:
-            slots.begun()
-            self.num_prompts -= slots.num_prompts
+            slots.give_back()
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run blocking input work (decoding, hooks); so many at a time, the others wait."""

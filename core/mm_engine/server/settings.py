@@ -31,6 +31,7 @@ class ServerSettings:
     max_body_bytes: int = 32 * 2**20
     max_queued_requests: int = 256  # prompts in flight, waiting or running
     max_queued_tokens: int = 131_072  # of prompts in flight that have no token of an answer yet
+    max_queue_seconds: float | None = None  # that a newcomer may have to expect to a first token
     max_requests_per_key: int | None = None  # at once; of all clients if there are no keys
     max_requests_per_minute: int | None = None  # of each key, likewise
     max_request_seconds: float | None = None  # from a request's arrival to the end of its answer
