@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from bystanders import undisturbed
+from mm_engine.cli.main import app
+from mm_engine.server import log, run
 from mm_engine.server.connection import OTHER_FILES, room_for
 from mm_engine.server.settings import ServerSettings
 from serving import KEY, ServerProcess, wait_until
@@ -205,8 +209,6 @@ def test_defaults_are_bounded_and_the_key_comes_after(strict: ServerProcess) -> 
 
 
 def test_descriptors_are_taken_for_as_many_connections_as_may_be() -> None:
-    import resource
-
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (OTHER_FILES + 10, before[1]))
@@ -215,3 +217,17 @@ def test_descriptors_are_taken_for_as_many_connections_as_may_be() -> None:
         assert room_for(5) == 5
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_the_flag_sets_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[ServerSettings] = []
+
+    def run_server(config: object, settings: ServerSettings, ready: object) -> int:
+        asked.append(settings)
+        return 0
+
+    monkeypatch.setattr(run, "serve", run_server)
+    monkeypatch.setattr(log, "configure_logging", lambda level: None)
+    for flags in ((), ("--max-connections", "7")):
+        assert CliRunner().invoke(app, ["serve", *flags]).exit_code == 0
+    assert [settings.max_connections for settings in asked] == [1024, 7]
