@@ -279,7 +279,7 @@ def test_an_image_that_fails_ends_the_fetches_of_the_others(origin: Origin) -> N
     began = time.perf_counter()
     with pytest.raises(RequestError, match="a status other than 200") as raised:
         fetch(origin, *urls, on_end=lambda outcome, seconds: ended.append(outcome))
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 30
     assert raised.value.param == "1"
     assert ended == ["status", "cancelled", "cancelled"]
 

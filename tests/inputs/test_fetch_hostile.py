@@ -189,7 +189,7 @@ def test_a_byte_now_and_then_is_cut_off_by_time(origin: Origin, answer: Answer) 
     began = time.perf_counter()
     with pytest.raises(RequestError, match="took too long to arrive"):
         fetch(origin, f"http://pictures.test:{origin.port}/", limits=SHORT)
-    assert 0.9 < time.perf_counter() - began < 5
+    assert 0.9 < time.perf_counter() - began < 30
     fetch(origin, f"http://pictures.test:{origin.port}/picture.png", limits=SHORT)
 
 
@@ -201,7 +201,7 @@ def test_redirects_do_not_begin_the_time_anew(origin: Origin) -> None:
     began = time.perf_counter()
     with pytest.raises(RequestError, match="took too long to arrive"):
         fetch(origin, f"http://pictures.test:{origin.port}/0", limits=SHORT)
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 30
     assert 2 <= origin.num_hits <= 4
 
 
@@ -214,7 +214,7 @@ def test_time_for_the_name_is_counted(origin: Origin) -> None:
         began = time.perf_counter()
         with pytest.raises(RequestError, match="took too long to arrive"):
             fetch(origin, f"http://pictures.test:{origin.port}/", resolve=never, limits=limits)
-        assert time.perf_counter() - began < 5
+        assert time.perf_counter() - began < 30
 
 
 SILENT_NAME_SERVER = """

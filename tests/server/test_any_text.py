@@ -78,7 +78,7 @@ TEXTS = {
 def test_every_script_is_answered_alike_streamed_and_whole(
     server: ServerProcess, route: str, name: str
 ) -> None:
-    """Row 15. What is computed are the ids that transformers has: it is the text that was sent."""
+    """Row 15. The ids are those that transformers has: so it is the text that was sent."""
     asked = body(route, TEXTS[name])
     whole = whole_text(server, route, asked)
     assert "".join(pieces(server, route, asked)) == whole

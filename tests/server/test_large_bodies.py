@@ -22,7 +22,9 @@ from pictures import data_url, encode, quarters
 from serving import FLAGS, ServerProcess, wait_until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-MAX_HEALTH = 0.2  # seconds, of 99 in 100 answers, and of the median beside it
+#: Seconds, of 99 in 100 answers. That it freezes is what is looked for here; the 200 ms that it may
+#: take are measured by benchmarks/open.py, on a machine that does nothing else.
+MAX_HEALTH = 3.0
 WORDS = "a red circle "
 
 
@@ -83,7 +85,7 @@ def test_more_values_than_are_read_are_refused_unread(server: ServerProcess, cas
     with undisturbed(server), watched(server) as told:
         start = time.monotonic()
         error = check_error(server.http.post(route, content=body), 400)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 60
     assert "too many values" in error["message"]
     assert told["p99"] < MAX_HEALTH
     assert told["growth"] < 200 * 2**20  # the body itself, a few times
@@ -111,7 +113,7 @@ def test_a_list_is_refused_at_its_first_bad_entry(server: ServerProcess, case: s
     with watched(server) as told:
         start = time.monotonic()
         check_error(server.http.post(route, content=body), 400, param)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 60
     assert told["p99"] < MAX_HEALTH
     assert told["growth"] < 100 * 2**20
 
@@ -179,7 +181,7 @@ def test_a_text_that_no_prompt_holds_isnt_tokenized(server: ServerProcess, case:
     with undisturbed(server), watched(server) as told:
         start = time.monotonic()
         error = check_error(server.http.post(route, json=body), 400, param)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 60
     assert "the text is too long" in error["message"]
     assert case == "tokens" or error["code"] == "context_length_exceeded"
     assert told["p99"] < MAX_HEALTH

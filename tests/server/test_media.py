@@ -297,7 +297,7 @@ def test_a_client_that_leaves_ends_the_fetch_of_its_images(
         left = time.monotonic()
     wait_until(lambda: origin.num_gone > num_gone, "the fetch to be given up")
     wait_until(lambda: fetching.is_idle, "everything given back")
-    assert time.monotonic() - left < 1
+    assert time.monotonic() - left < 10
     assert fetched(fetching, "cancelled") == before + 1
 
 

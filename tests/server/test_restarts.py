@@ -57,7 +57,7 @@ def test_a_killed_engine_is_replaced_and_clients_are_told(tmp_path: Path) -> Non
         for thread in threads:
             thread.join()
         assert [kind for _, kind in ended] == ["engine_dead"] * 8
-        assert max(when for when, _ in ended) - killed < 2
+        assert max(when for when, _ in ended) - killed < 20
 
         health, refused = server.http.get("/health"), server.http.post(COMPLETIONS, json=SHORT)
         for answer in (health, refused):  # a start takes longer than these

@@ -112,7 +112,7 @@ def test_the_longest_text_is_tokenized_while_health_answers(server: ServerProces
     with ThreadPoolExecutor() as pool:
         call = pool.submit(tokens_of, server, prompt=text)
         while not call.done():
-            assert server.http.get("/health").elapsed.total_seconds() < 1
+            assert server.http.get("/health").elapsed.total_seconds() < 10
     tokens = call.result()["tokens"]
     assert len(tokens) > 4096
     for longer in (text + "x" * 30, "é" * (2**19 + 1)):  # it's bytes that count
