@@ -95,3 +95,42 @@ def test_an_answer_can_be_failed_from_outside() -> None:
     engine = Scripted(a=[])
     with pytest.raises(Overloaded, match="enough"):
         run(wait())
+
+
+async def collect_slowly(engine: Scripted, *names: str) -> list[list[str]]:
+    """What a reader gets at a time who is only there when the engine has told all."""
+    got: list[list[str]] = []
+    async with Answer(engine, [request(name) for name in names]) as answer:  # type: ignore[arg-type]
+        try:
+            async for news in answer:
+                while len(engine.left) < len(names):
+                    await asyncio.sleep(0)
+                got.append([one.output.outputs[0].text for one in (news, *answer.waiting())])
+        except PluginError as error:
+            got.append([str(error)])
+    return got
+
+
+def test_what_has_come_meanwhile_is_there_at_once() -> None:
+    engine = Scripted(
+        a=[output("a", "1"), output("a", "2"), output("a", "3", finished=True)],
+        b=[output("b", "4", finished=True)],
+    )
+    got = run(collect_slowly(engine, "a", "b"))
+    assert sorted(text for texts in got for text in texts) == ["1", "2", "3", "4"]
+    assert len(got) <= 2 and len(got[0]) >= 2
+
+
+def test_an_error_behind_what_has_come_is_raised_after_it() -> None:
+    engine = Scripted(a=[output("a", "1"), output("a", "2"), PluginError("broken")])
+    assert run(collect_slowly(engine, "a")) == [["1", "2"], ["broken"]]
+
+
+def test_nothing_waits_where_the_reader_keeps_pace() -> None:
+    engine = Scripted(a=[output("a", "1"), output("a", "2", finished=True)])
+
+    async def read() -> list[int]:
+        async with Answer(engine, [request("a")]) as answer:  # type: ignore[arg-type]
+            return [len([*answer.waiting()]) async for _ in answer]
+
+    assert run(read()) == [0, 0]

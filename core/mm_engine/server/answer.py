@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,6 +43,7 @@ class Answer:
         self._begun: Callable[[], None] | None = begun
         self._requests = requests
         self._news: asyncio.Queue[News | int | Exception] = asyncio.Queue()
+        self._next: int | Exception | None = None  # taken from the queue, but not yet told
         self._readers: list[asyncio.Task[None]] = []
         self._num_unfinished = len(requests)
 
@@ -73,7 +74,8 @@ class Answer:
             MMEngineError: the engine failed a request, or `fail` was called.
         """
         while self._num_unfinished:
-            news = await self._news.get()
+            news = self._next if self._next is not None else await self._news.get()
+            self._next = None
             if isinstance(news, Exception):
                 raise news
             if isinstance(news, News):
@@ -83,6 +85,15 @@ class Answer:
                 return news
             self._num_unfinished -= 1
         raise StopAsyncIteration
+
+    def waiting(self) -> Iterator[News]:
+        """What has come besides, for whom reads more slowly than the engine tells."""
+        while self._next is None and not self._news.empty():
+            news = self._news.get_nowait()
+            if isinstance(news, News):
+                yield news
+            else:
+                self._next = news
 
     def fail(self, error: MMEngineError) -> None:
         """End the answer with an error, whatever the engine still has to say."""

@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from mm_engine.errors import RequestError
 from mm_engine.outputs import RequestOutput
 from mm_engine.request import Request
-from mm_engine.server.answer import Answer
+from mm_engine.server.answer import Answer, News
 from mm_engine.server.deadline import Deadline, asked_in_header
 from mm_engine.server.errors import body_of
 from mm_engine.server.protocol import RequestT, parse
@@ -182,8 +182,8 @@ async def _stream(
         await _emit(send, reply.opening())
         await _emit(send, reply.events(news.prompt, news.output))
         async for news in answer:
-            tally.add(news)
-            await _emit(send, reply.events(news.prompt, news.output))
+            for prompt, output in _together(news, answer, tally):
+                await _emit(send, reply.events(prompt, output))
         await _emit(send, reply.closing(tally))
         last = job.ending(None)
     except Exception as error:  # the status is out: the stream has to say it
@@ -192,6 +192,20 @@ async def _stream(
         tally.fail(error)
         last = job.ending(body)
     await send({"type": "http.response.body", "body": last.encode()})
+
+
+def _together(first: News, answer: Answer, tally: Tally) -> Iterable[tuple[int, RequestOutput]]:
+    """What is new of each prompt, as one: more than a step's if this process, or the client, can't
+    keep pace with the engine. Then events grow longer instead of late."""
+    tally.add(first)
+    outputs = {first.prompt: first.output}
+    for news in answer.waiting():
+        tally.add(news)
+        if news.prompt in outputs:
+            outputs[news.prompt].extend(news.output)
+        else:
+            outputs[news.prompt] = news.output
+    return outputs.items()
 
 
 async def _emit(send: Send, events: Iterable[BaseModel]) -> None:
