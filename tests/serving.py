@@ -35,8 +35,8 @@ from mm_engine.server.settings import ServerSettings
 
 if __name__ == "__main__":
     configure_logging("info", "text")
-    defaults = {{"kv_cache_memory": 2**26, "progress": False}}
-    config = EngineConfig(model={model!r}, **(defaults | {config!r}))
+    defaults = {{"model": {model!r}, "kv_cache_memory": 2**26, "progress": False}}
+    config = EngineConfig(**(defaults | {config!r}))
     settings = ServerSettings(served_model_names=("demo",), port=0, **{settings!r})
     sys.exit(serve(config, settings, lambda s: print(f"address {{s.url}}/v1", flush=True)))
 """

@@ -227,7 +227,7 @@ def test_the_flag_sets_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
         return 0
 
     monkeypatch.setattr(run, "serve", run_server)
-    monkeypatch.setattr(log, "configure_logging", lambda level: None)
+    monkeypatch.setattr(log, "configure_logging", lambda *told: None)
     for flags in ((), ("--max-connections", "7")):
         assert CliRunner().invoke(app, ["serve", *flags]).exit_code == 0
     assert [settings.max_connections for settings in asked] == [1024, 7]

@@ -132,8 +132,8 @@ def test_sigterm_during_a_restart_ends_it_with_0(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_cant_be_started_again_is_given_up(demo_copy: Path, tmp_path: Path) -> None:
-    settings = ("--max-engine-restarts", "2", "--kv-cache-memory", "64MiB")
-    with ServerProcess(tmp_path, str(demo_copy), *settings) as server:
+    settings = {"max_engine_restarts": 2, "dead_engine_timeout": 0.5}
+    with ServerProcess(tmp_path, settings=settings, config={"model": str(demo_copy)}) as server:
         (demo_copy / "model.safetensors").write_bytes(b"nothing")
         kill_engine(server)
         assert server.process.wait(90) == 1

@@ -52,7 +52,8 @@ def test_chat_streams_the_same_tokens_in_fewer_events(client: OpenAI, guessing: 
         for got, wanted in zip(tokens, expected.logprobs.content, strict=True):
             assert got.logprob == pytest.approx(wanted.logprob, abs=1e-3)
             assert [t.token for t in got.top_logprobs] == [t.token for t in wanted.top_logprobs]
-        assert (max(map(len, pieces)) > 1) == (asked is guessing)
+        if asked is guessing:  # the other's come together only where the front was late
+            assert max(map(len, pieces)) > 1
 
 
 def test_completions_count_offsets_through_events_of_several_tokens(

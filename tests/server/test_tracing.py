@@ -135,7 +135,8 @@ def traced(
     collector: Collector, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
     flags = (*FLAGS, "--otlp-traces-endpoint", collector.url)
-    with ServerProcess(tmp_path_factory.mktemp("traced"), *flags) as started:
+    env = {"OTEL_BSP_SCHEDULE_DELAY": "100"}  # milliseconds, not the 5 s that are usual
+    with ServerProcess(tmp_path_factory.mktemp("traced"), *flags, env=env) as started:
         yield started
 
 

@@ -10,57 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from mm_engine.errors import RequestError
-from mm_engine.plugins.discovery import demos
 from mm_engine.request import Request
 from mm_engine.sampling_params import MAX_GRAMMAR_LENGTH, SamplingParams, StructuredOutputsParams
 from mm_engine.sequence import Sequence
-from mm_engine.worker.grammars import Grammars
-from mm_engine.worker.json_schema import check_regex
+from mm_engine.worker.grammars import Grammars, forbid, forbid_on_device
 from mm_engine.worker.sampler import Sampler
+from structured import EOS, answer
 
-EOS = 2
 POINT = {
     "type": "object",
     "properties": {"x": {"type": "integer"}, "label": {"enum": ["a", "b"]}},
     "required": ["x", "label"],
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(min(demos().items())[1])
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def grammars(tokenizer: PreTrainedTokenizerFast) -> Grammars:
-    return Grammars(tokenizer, len(tokenizer), [EOS])
-
-
-def answer(
-    grammars: Grammars, tokenizer: Any, seed: int, max_tokens: int = 200, **structure: Any
-) -> str | None:
-    """What comes of noise that is held to a structure; None if its end isn't reached."""
-    params = SamplingParams(
-        seed=seed, structured_outputs=StructuredOutputsParams(**structure), max_tokens=max_tokens
-    )
-    assert params.structured_outputs is not None
-    grammar = grammars.compile(params.structured_outputs)
-    sequence = Sequence(Request("r", (1, 5, 6), params, grammar=grammar))
-    sampler, noise = Sampler(0, grammars), torch.Generator().manual_seed(seed)
-    for _ in range(max_tokens):
-        logits = torch.randn(1, len(tokenizer), generator=noise) * 3
-        logits[0, EOS] += 4.0  # noise is long-winded
-        (token,) = sampler.sample(logits, [sequence])
-        if token.token_id == EOS:
-            return str(tokenizer.decode(sequence.output_token_ids))
-        assert token.token_id is not None
-        sequence.token_ids.append(token.token_id)
-    return None
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -140,93 +103,6 @@ def test_what_cant_be_compiled_is_refused(
     assert message.isprintable() and len(message) < 300 and ".cc" not in message
 
 
-OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
-
-
-@pytest.mark.parametrize(
-    "schema",
-    [
-        {"type": "string", "not": {"const": "a"}},
-        {**OBJECT, "if": {"required": ["a"]}, "then": {"required": ["b"]}},
-        {"type": "array", "contains": {"const": 5}},
-        {"type": "array", "items": {"type": "integer"}, "uniqueItems": True},
-        {"type": "number", "multipleOf": 0.5},
-        {"type": "string", "pattern": "^a+$", "maxLength": 2},
-        {"type": "string", "pattern": "^(?!b)a"},
-        {**OBJECT, "dependentRequired": {"a": ["b"]}},
-        {"allOf": [{**OBJECT, "required": ["a"]}, {**OBJECT, "required": ["b"]}]},
-        {"type": "integer", "anyOf": [{"minimum": 3}, {"minimum": 5}]},
-        {"$ref": "#/$defs/n", "minimum": 4, "$defs": {"n": {"type": "integer"}}},
-        {"$ref": "https://example.com/schema"},
-        {**OBJECT, "required": ["c"]},
-        {"properties": {"deep": {"items": {"not": {}}}}},
-        {"$defs": {"n": {"uniqueItems": True}}},
-        {"minimum": 5},
-        {"minLength": 5},
-        {"minItems": 2},
-        {"patternProperties": {"^a$": {"type": "integer"}}},
-        {"type": "string", "format": "email", "maxLength": 2},
-        {"type": "string", "format": "email", "pattern": "^x+$"},
-        {**OBJECT, "propertyNames": {"pattern": "^a$"}},
-        {"allOf": []},
-        {"type": "integer", "enum": ["a"]},
-        {"type": "integer", "const": True},
-        {"type": "string", "pattern": "x(^a)"},
-        {"type": "string", "pattern": "(a$)b"},
-        {"type": "object", "patternProperties": 5},
-        {"type": "object", "patternProperties": [5]},
-        {"type": "object", "required": [["x"]]},
-        {"type": "object", "required": "a"},
-        {"type": "string", "pattern": 5},
-        {"type": "object", "properties": []},
-        {"anyOf": {"type": "integer"}},
-        {"items": [{"type": "integer"}]},
-        [],
-    ],
-    ids=str,
-)
-def test_a_schema_that_would_be_kept_only_in_part_is_refused(
-    grammars: Grammars, schema: Any
-) -> None:
-    with pytest.raises(RequestError, match="the JSON schema can't be compiled|the regex can't be"):
-        grammars.compile(StructuredOutputsParams(json=json.dumps(schema)))
-
-
-@pytest.mark.parametrize(
-    "schema",
-    [
-        {},
-        True,
-        {**OBJECT, "title": "T", "description": "D", "x-mine": 1, "default": {"not": 1}},
-        {"type": "object", "properties": {"not": {"type": "integer"}, "if": {}}},
-        {"const": {"not": 1, "contains": [1]}},
-        {"enum": [{"if": 1}], "type": "object"},
-        {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None, "title": "T"},
-        {"$ref": "#/$defs/n", "description": "D", "$defs": {"n": {"type": "integer"}}},
-        {"type": "array", "items": {"$ref": "#"}, "uniqueItems": False},
-        {"type": "string", "format": "date-time"},
-        {"type": "integer", "multipleOf": 5},
-        {"allOf": [{"type": "integer"}]},
-        {"type": ["integer", "null"], "minimum": 5},
-        {"type": "number", "enum": [1, 2.5]},
-        {"type": "integer", "const": 2.0},
-        {"type": "string", "pattern": "^a$|^b$"},
-        {"type": "string", "pattern": r"[(^$]\^\$"},
-    ],
-    ids=str,
-)
-def test_other_schemas_are_taken(grammars: Grammars, schema: Any) -> None:
-    assert grammars.compile(StructuredOutputsParams(json=schema))
-
-
-def test_a_schema_without_bottom_is_refused(grammars: Grammars) -> None:
-    schema: dict[str, Any] = {"type": "integer"}
-    for _ in range(100):
-        schema = {"type": "array", "items": schema}
-    with pytest.raises(RequestError, match="nested more than"):
-        grammars.compile(StructuredOutputsParams(json=schema))
-
-
 def test_a_grammar_that_takes_ever_longer_ends_its_request(
     grammars: Grammars, tokenizer: Any
 ) -> None:
@@ -245,17 +121,42 @@ def test_a_grammar_that_takes_ever_longer_ends_its_request(
         follow('root ::= root root root | "a" | ""')
 
 
-def test_a_regex_of_a_million_characters_is_looked_through_once() -> None:
-    """Looking back from each of them would take hours."""
-    check_regex("^|" * 500_000)
-
-
 def test_behind_its_end_a_grammar_is_asked_nothing(grammars: Grammars, tokenizer: Any) -> None:
     """An overlapped step samples one token too many; it is thrown away."""
     state = grammars.follow(grammars.compile(StructuredOutputsParams(choice=["a"])))
     a = tokenizer.convert_tokens_to_ids("a")
     assert state.allowed([]).any() and state.allowed([a]).any()
     assert state.allowed([a, EOS]).eq(-1).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 130), st.integers(0, 40), st.data())
+def test_all_rows_are_masked_at_once_as_one_by_one(
+    num_rows: int, num_ids: int, num_more: int, data: st.DataObject
+) -> None:
+    """By xgrammar's own code on a CPU, and by PyTorch alone on other devices."""
+    width = -(-num_ids // 32)
+    rows = data.draw(st.lists(st.integers(0, num_rows - 1), min_size=1, unique=True))
+    bits = {
+        row: torch.tensor(
+            [data.draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=width, max_size=width))],
+            dtype=torch.int32,
+        )
+        for row in rows
+    }
+    logits = torch.randn(num_rows, num_ids + num_more)
+    expected = logits.clone()
+    for row, words in bits.items():
+        for token in range(logits.shape[1]):
+            word, bit = divmod(token, 32)
+            if word >= width or not (int(words[0, word]) >> bit) & 1:
+                expected[row, token] = float("-inf")
+    masked = logits.clone()
+    forbid(masked, bits)
+    assert torch.equal(masked, expected)
+    on_device, within = logits.clone(), min(32 * width, logits.shape[1])
+    forbid_on_device(on_device[:, :within], rows, torch.cat([bits[row] for row in rows]))
+    assert torch.equal(on_device[:, :within], expected[:, :within])
 
 
 def test_answers_of_one_request_share_its_time(grammars: Grammars, tokenizer: Any) -> None:

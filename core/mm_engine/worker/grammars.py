@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from mm_engine.errors import RequestError
 from mm_engine.sampling_params import StructuredOutputsParams
 from mm_engine.worker.json_schema import check_regex, check_schema
+from mm_engine.worker.transfers import to_device
 
 if TYPE_CHECKING:
     from mm_engine.worker.loader import OpenedModel
@@ -59,6 +60,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
         self._info: Any = None
+        self._printing: Tensor | None = None
         self._kept: OrderedDict[bytes, Any] = OrderedDict()  # by the digest of their bytes
         self._compiled: OrderedDict[StructuredOutputsParams, bytes] = OrderedDict()
 
@@ -94,15 +96,33 @@ class Grammars:
         _keep(self._compiled, structure, grammar)
         return grammar
 
-    def follow(self, grammar: bytes, num_answers: int = 1) -> GrammarState:
-        """The state of a new answer (one of so many of its request) that keeps to `grammar`."""
+    @property
+    def printing(self) -> Tensor:
+        """The bits of all ids without a control character: `[1, ceil(vocab / 32)]` int32."""
+        if self._printing is None:
+            mask = torch.zeros(1, -(-self._vocab_size // 32) * 32, dtype=torch.bool)
+            for token_id, text in enumerate(self.vocabulary.decoded_vocab):
+                mask[0, token_id] = not text or min(text) >= 0x20
+            words = mask.view(1, -1, 32).to(torch.int64) << torch.arange(32)
+            self._printing = words.sum(-1).to(torch.int32)
+        return self._printing
+
+    def follow(
+        self, grammar: bytes, num_answers: int = 1, *, on_one_line: bool = False
+    ) -> GrammarState:
+        """The state of a new answer (one of so many of its request) that keeps to `grammar`.
+
+        `on_one_line`, as JSON is written here, it has no control character either: of strings that
+        have a length xgrammar lets some through.
+        """
         digest = hashlib.sha256(grammar).digest()
         compiled = self._kept.get(digest)
         if compiled is None:
             xgrammar = load_xgrammar()
             compiled = xgrammar.CompiledGrammar.deserialize_json(grammar.decode(), self.vocabulary)
         _keep(self._kept, digest, compiled)
-        return GrammarState(compiled, self._vocab_size, 1 / num_answers)
+        within = self.printing if on_one_line else None
+        return GrammarState(compiled, self._vocab_size, 1 / num_answers, within)
 
 
 def _keep(cache: OrderedDict[Any, Any], key: object, value: object) -> None:
@@ -116,10 +136,14 @@ def _keep(cache: OrderedDict[Any, Any], key: object, value: object) -> None:
 class GrammarState:
     """How far one answer has come in its grammar."""
 
-    def __init__(self, compiled: Any, vocab_size: int, share: float = 1.0) -> None:
-        """`share` is this answer's of the time that those of its request may take."""
+    def __init__(
+        self, compiled: Any, vocab_size: int, share: float = 1.0, within: Tensor | None = None
+    ) -> None:
+        """`share` is this answer's of the time that those of its request may take; of the ids that
+        the grammar allows, those that aren't `within` these bits are left out."""
         xgrammar = load_xgrammar()
         self._share = share
+        self._within = within
         self._matcher = xgrammar.GrammarMatcher(compiled)
         self._bits = xgrammar.allocate_token_bitmask(1, vocab_size)
         self._num_tokens = 0
@@ -145,6 +169,8 @@ class GrammarState:
         if self._matcher.is_terminated():  # what follows its end is thrown away
             return self._bits.fill_(-1)
         self._matcher.fill_next_token_bitmask(self._bits)
+        if self._within is not None:
+            self._bits &= self._within
         self._seconds += time.thread_time() - start
         if not self._bits.any():
             raise RequestError(
@@ -158,13 +184,29 @@ class GrammarState:
         return self._bits
 
 
-def forbid(row: Tensor, bits: Tensor) -> None:
-    """Set the logits `row` `[vocab]` of each id whose bit isn't set to -inf, in place."""
-    shifts = torch.arange(32, device=row.device, dtype=torch.int32)
-    allowed = ((bits.to(row.device)[0][:, None] >> shifts) & 1).bool().flatten()
-    width = min(allowed.shape[0], row.shape[0])
-    row[:width].masked_fill_(~allowed[:width], float("-inf"))
-    row[width:] = float("-inf")
+def forbid(logits: Tensor, allowed: Mapping[int, Tensor]) -> None:
+    """Set all logits `[N, vocab]` of the rows in `allowed` to -inf, in place, but for those whose
+    bits are set: `[1, ceil(vocab / 32)]` int32 on the CPU for each row. All rows at once."""
+    rows = list(allowed)
+    bits = torch.cat([allowed[row] for row in rows])
+    width = min(32 * bits.shape[1], logits.shape[1])
+    if logits.device.type == "cpu":
+        mask = bits.new_full((logits.shape[0], bits.shape[1]), -1)
+        mask[rows] = bits
+        apply = load_xgrammar().apply_token_bitmask_inplace
+        apply(logits, mask, vocab_size=width, indices=rows)
+    else:
+        forbid_on_device(logits[:, :width], rows, bits)
+    if width < logits.shape[1]:  # ids that the tokenizer hasn't got
+        logits[rows, width:] = float("-inf")
+
+
+def forbid_on_device(logits: Tensor, rows: list[int], bits: Tensor) -> None:
+    """The same for logits on any device, with PyTorch alone."""
+    picked, bits = to_device(rows, logits.device), bits.to(logits.device)
+    shifts = torch.arange(32, device=logits.device, dtype=torch.int32)
+    allowed = ((bits[:, :, None] >> shifts) & 1).bool().flatten(1)[:, : logits.shape[1]]
+    logits[picked] = logits[picked].masked_fill(~allowed, float("-inf"))
 
 
 def compile_grammar(vocabulary: Any, structure: StructuredOutputsParams) -> bytes:

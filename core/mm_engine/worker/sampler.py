@@ -150,6 +150,7 @@ class Sampler:
     ) -> Tensor:
         """Apply penalties, logit_bias, min_tokens and grammars to the rows that ask for them."""
         adjusted = logits
+        allowed: dict[int, Tensor] = {}  # by row: what grammars allow
         accepted = accepted or [()] * len(sequences)
         for i, sequence in enumerate(sequences):
             p = sequence.request.sampling_params
@@ -173,11 +174,13 @@ class Sampler:
                 ends = [token for token in ends if token < row.shape[0]]
                 row[to_device(ends, row.device)] = float("-inf")
             if grammar is not None:
-                self._keep_to(grammar, row, sequence, accepted[i])
+                allowed[i] = self._allowed(grammar, sequence, accepted[i])
+        if allowed:
+            forbid(adjusted, allowed)
         return adjusted
 
-    def _keep_to(self, grammar: bytes, row: Tensor, sequence: Sequence, accepted: Seq[int]) -> None:
-        """Forbid what the grammar doesn't allow next. In place.
+    def _allowed(self, grammar: bytes, sequence: Sequence, accepted: Seq[int]) -> Tensor:
+        """Which ids the grammar allows next: `GrammarState.allowed`'s bits.
 
         Raises:
             RequestError: it allows nothing, or takes too long to follow.
@@ -185,11 +188,14 @@ class Sampler:
         assert self._grammars is not None
         state = self._state(sequence)
         if state.grammar is None:
-            state.grammar = self._grammars.follow(grammar, sequence.request.sampling_params.n)
+            p = sequence.request.sampling_params
+            kind = p.structured_outputs.kind if p.structured_outputs is not None else ""
+            on_one_line = kind in ("json", "json_object")
+            state.grammar = self._grammars.follow(grammar, p.n, on_one_line=on_one_line)
         ids = [*sequence.output_token_ids, *accepted]
         if ids and ids[-1] == UNKNOWN_TOKEN:  # the device knows it: what comes next hangs on it
             ids[-1] = int(sequence.newest.item())
-        forbid(row, state.grammar.allowed(ids))
+        return state.grammar.allowed(ids)
 
     def _penalise(
         self, row: Tensor, sequence: Sequence, accepted: Seq[int], p: SamplingParams

@@ -33,7 +33,8 @@ def test_the_server_counts_the_tokens_asked_for(load: Load, endpoint: str, num_t
         assert request["output_tokens"] == 5
     total = record["figures"]["prompt_tokens"]
     assert f"{total:,} tokens, {total / 6:,.1f} each" in done.stdout
-    assert record["figures"]["itl_seconds"]["count"] == 6 * 4  # each token was seen to come
+    # Tokens were seen to come: each by itself, or together where the front was late.
+    assert 6 < record["figures"]["itl_seconds"]["count"] <= 6 * 4
 
 
 @pytest.mark.parametrize("endpoint", ["/v1/chat/completions", "/v1/completions"])

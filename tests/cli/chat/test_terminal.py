@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,10 @@ HINT = "/exit or Ctrl-D leaves"
 
 
 @pytest.fixture
-def temporary(tmp_path: Path) -> Path:
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    return folder
+def temporary() -> Iterator[Path]:
+    """A folder for temporary files whose name is short: a socket's path has few characters."""
+    with tempfile.TemporaryDirectory(prefix="mm-", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
