@@ -15,11 +15,8 @@ KERNELS := kernels/pyproject.toml kernels/cmake/CMakeLists.txt $(wildcard kernel
 serve: $(INSTALLED) ## Serve the demo checkpoint, or what ARGS names: make serve PORT=8123
 	$(BIN)/engine serve --port $(PORT) $(ARGS)
 
-# One more than there are cores: many tests wait for a process that starts, or for a time limit.
-WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
-
 test: lint ## What CI runs: a file of tests at a time on each core
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
