@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which rea
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+SPEED = "MM_ENGINE_TEST_LOOP_SECONDS"  # so that all processes of a run agree
+#: From twice the time on of a machine on which the whole suite takes a quarter of an hour.
+SLOW_LOOP = 0.045
+
 settings.register_profile("repository", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repository")
 
@@ -42,12 +47,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     `--reference-kernels` as if the C++ ones weren't built."""
     parser.addoption("--tensor-parallel-size", type=int, default=1, metavar="N")
     parser.addoption("--reference-kernels", action="store_true")
+    parser.addoption("--long", action="store_true", help="run long tests on slow machines, too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What `--reference-kernels` asks for, before anything asks which there are."""
+    """What `--reference-kernels` asks for, before anything asks which there are.
+
+    And how fast this machine is, before other processes of the tests make it slower.
+    """
+    os.environ.setdefault(SPEED, str(_loop_seconds()))
     if config.getoption("--reference-kernels"):
         ops.use("cpu", "reference")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked as long where that would take the suite over its time."""
+    seconds = float(os.environ[SPEED])
+    if seconds <= SLOW_LOOP or config.getoption("--long"):
+        return
+    reason = f"long, and this machine is slow ({1000 * seconds:.0f} ms a loop): --long runs it"
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _loop_seconds() -> float:
+    """What a million rounds of a loop take, at best of seven."""
+    best = float("inf")
+    for _ in range(7):
+        start, total = time.perf_counter(), 0
+        for i in range(1_000_000):
+            total += i & 7
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 @pytest.fixture

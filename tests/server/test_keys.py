@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import shutil
 import ssl
 import subprocess
 import threading
@@ -28,6 +29,8 @@ KEYS = ("key-of-alice", "key-of-bob", "key-of-carol")
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server for several keys, over TLS, with a limit for each and a page that may ask."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the command openssl, for a certificate")
     folder = tmp_path_factory.mktemp("shared")
     file = folder / "keys"
     file.write_text(f"# who may come in\n{KEYS[0]}\n\n  {KEYS[1]}   # bob\n")

@@ -21,6 +21,8 @@ from mm_engine.server.tokenize import DetokenizeRequest, TokenizeRequest
 from pictures import data_url, encode, quarters
 from serving import FLAGS, ServerProcess, wait_until
 
+pytestmark = pytest.mark.long
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 #: Seconds, of 99 in 100 answers. That it freezes is what is looked for here; the 200 ms that it may
 #: take are measured by benchmarks/open.py, on a machine that does nothing else.
