@@ -1,4 +1,5 @@
-"""One-file plugins for the demo whose answers tests can rely on: they don't end, or they escape."""
+"""One-file plugins for the demo whose answers tests can rely on: without an end, at a pace that no
+server misses, or with control characters."""
 
 from __future__ import annotations
 
@@ -28,6 +29,25 @@ class Endless(LlavaForConditionalGeneration):
 @hookimpl
 def model_class(ctx):
     return Endless
+"""
+#: The demo at a pace at which no server is late: each token comes by itself.
+PACED = """
+import time
+
+from mm_engine.plugins import hookimpl
+from mm_llava.model import LlavaForConditionalGeneration
+from mm_llava.plugin import max_tokens
+
+
+class Paced(LlavaForConditionalGeneration):
+    def compute_logits(self, hidden):
+        time.sleep(0.03)
+        return super().compute_logits(hidden)
+
+
+@hookimpl
+def model_class(ctx):
+    return Paced
 """
 #: A demo that says the control character that begins a terminal's commands, and nothing else.
 ESCAPING = """

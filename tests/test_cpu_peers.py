@@ -19,8 +19,6 @@ from mm_engine_kernels import ops
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-pytestmark = pytest.mark.long
-
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 #: An engine that is played: it takes a millisecond a token. `{extra}` comes before each answer.
 PLAYED = """

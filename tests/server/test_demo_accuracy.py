@@ -22,8 +22,6 @@ from mm_engine.plugins.discovery import demos
 from pictures import data_url, encode
 from serving import ServerProcess
 
-pytestmark = pytest.mark.long
-
 NUM_QUESTIONS = 1000
 NUM_CLIENTS = 8
 MIN_ACCURACY = 0.95

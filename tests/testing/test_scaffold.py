@@ -16,8 +16,6 @@ from mm_engine.errors import StartupError
 from mm_engine.testing.scaffold import names_of, requirement, write_plugin
 from serving import ServerProcess
 
-pytestmark = pytest.mark.long
-
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 

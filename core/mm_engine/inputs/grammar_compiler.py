@@ -166,12 +166,8 @@ class GrammarCompiler:
                     status=503,
                     reason="draining",
                 )
-            self._process = spawn(
-                "mm_engine.inputs.grammar_process",
-                its.fileno(),
-                os.getpid(),
-                pass_fds=[its.fileno()],
-            )
+            fd = its.fileno()
+            self._process = spawn(PROCESS, fd, os.getpid(), pass_fds=[fd])
         its.close()
         self._connection = ours
         try:

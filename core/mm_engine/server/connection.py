@@ -10,7 +10,7 @@ import logging
 import resource
 import sys
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -53,9 +53,9 @@ class Connection(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._lingers = False
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for a request, if there is room for one more (called by asyncio)."""
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, transport))  # of a stream, as asyncio's are
         if len(self.connections) > self._limits.max_connections:
             longest = next(iter(self._limits.idle), None)
             if longest is None:

@@ -7,6 +7,7 @@ answer but isn't offered is refused by name, so that nothing is silently not don
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -209,7 +210,7 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None
 
-    @property
+    @cached_property
     def tool_use(self) -> ToolUse | None:
         """Which tools the answer may call.
 

@@ -30,43 +30,6 @@ _NOT_KEPT = frozenset(
         "uniqueItems",
     }
 )
-#: What says something about a value. Other words are notes, as the standard has it.
-_SAYS = frozenset(
-    {
-        "$ref",
-        "additionalItems",
-        "additionalProperties",
-        "allOf",
-        "anyOf",
-        "const",
-        "enum",
-        "exclusiveMaximum",
-        "exclusiveMinimum",
-        "items",
-        "maxItems",
-        "maxLength",
-        "maxProperties",
-        "maximum",
-        "minItems",
-        "minLength",
-        "minProperties",
-        "minimum",
-        "multipleOf",
-        "oneOf",
-        "pattern",
-        "patternProperties",
-        "prefixItems",
-        "properties",
-        "propertyNames",
-        "required",
-        "type",
-        "unevaluatedItems",
-        "unevaluatedProperties",
-    }
-)
-#: Of several that stand beside each other only one is held to.
-_WHOLE = ("$ref", "anyOf", "oneOf", "allOf", "const", "enum")
-_IMPLIED = {"const": {"type"}, "enum": {"type"}}  # what may stand beside them: it says no more
 #: Words that are passed over where no type stands beside them.
 _TYPED = frozenset(
     {
@@ -85,6 +48,28 @@ _TYPED = frozenset(
         "propertyNames",
     }
 )
+#: What says something about a value. Other words are notes, as the standard has it.
+_SAYS = _TYPED | {
+    "$ref",
+    "additionalItems",
+    "additionalProperties",
+    "allOf",
+    "anyOf",
+    "const",
+    "enum",
+    "items",
+    "multipleOf",
+    "oneOf",
+    "prefixItems",
+    "properties",
+    "required",
+    "type",
+    "unevaluatedItems",
+    "unevaluatedProperties",
+}
+#: Of several that stand beside each other only one is held to.
+_WHOLE = ("$ref", "anyOf", "oneOf", "allOf", "const", "enum")
+_IMPLIED = {"const": {"type"}, "enum": {"type"}}  # what may stand beside them: it says no more
 #: Beside the first, the others are passed over.
 _APART = (
     ("pattern", {"minLength", "maxLength"}),

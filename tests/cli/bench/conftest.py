@@ -41,15 +41,26 @@ def bench() -> Callable[..., Result]:
 
 
 @pytest.fixture
+def load_from(
+    bench: Callable[..., Result], tmp_path: Path
+) -> Callable[[ServerProcess], Callable[..., tuple[Result, Any]]]:
+    """`engine bench serve` against a server; what it printed, and the figures of its record."""
+
+    def against(server: ServerProcess) -> Callable[..., tuple[Result, Any]]:
+        def run(*arguments: object) -> tuple[Result, Any]:
+            file = tmp_path / "record.json"
+            where = ("--base-url", server.url, "--json", file)
+            done = bench("serve", *where, *arguments, MM_ENGINE_API_KEY=KEY)
+            return done, json.loads(file.read_text()) if file.exists() else None
+
+        return run
+
+    return against
+
+
+@pytest.fixture
 def load(
-    bench: Callable[..., Result], server: ServerProcess, tmp_path: Path
+    load_from: Callable[[ServerProcess], Callable[..., tuple[Result, Any]]], server: ServerProcess
 ) -> Callable[..., tuple[Result, Any]]:
-    """`engine bench serve` against the server; what it printed, and the figures of its record."""
-
-    def run(*arguments: object) -> tuple[Result, Any]:
-        file = tmp_path / "record.json"
-        where = ("--base-url", server.url, "--json", file)
-        done = bench("serve", *where, *arguments, MM_ENGINE_API_KEY=KEY)
-        return done, json.loads(file.read_text()) if file.exists() else None
-
-    return run
+    """The same against the server of the other tests."""
+    return load_from(server)

@@ -17,8 +17,6 @@ from mm_engine.cli.bench.server import OwnServer
 from mm_engine.errors import StartupError
 from serving import ENGINE, environment, wait_until
 
-pytestmark = pytest.mark.long
-
 FLAGS = ("--dtype", "float32", "--kv-cache-memory", "32MiB")
 CHILD = "mm_engine.cli.bench.child"
 PNG = b"\x89PNG"

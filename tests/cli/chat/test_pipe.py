@@ -15,6 +15,8 @@ from odd_models import ESCAPING, plugin_flags
 from pictures import quarters
 from serving import ServerProcess
 
+pytestmark = pytest.mark.long
+
 Scripted = Callable[..., subprocess.CompletedProcess[str]]
 LOCAL = ("--dtype", "float32", "--kv-cache-memory", "64MiB")
 QUESTIONS = ("Describe the image.", "How many objects are there?")

@@ -18,6 +18,8 @@ from odd_models import ENDLESS, plugin_flags
 from serving import ENGINE, ServerProcess, environment, wait_until
 from terminal import CTRL_C, CTRL_D, TAB, Terminal
 
+pytestmark = pytest.mark.long
+
 HINT = "/exit or Ctrl-D leaves"
 
 
