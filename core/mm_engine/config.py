@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 #: `max_decode_slowdown` of `engine serve`, unless its flag says otherwise.
 SERVED_DECODE_SLOWDOWN = 1.75
+SERVED_OUTPUT_INTERVAL = 0.01  # likewise
 MAX_PROMPT_LOOKUP = 32  # tokens; every length is looked up, and kept, for every token
 QUANTIZATIONS = ("fp8", "int8", "int4")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")  # the last two are one, as in vLLM
 DEFAULT_LIMITS: Mapping[str, int] = {"image": 8}
+MIN_QUEUED_REQUESTS = 16  # see `queue_for`
+MAX_OUTPUT_INTERVAL = 1.0  # seconds; with longer ones answers would seem to stand still
 #: The attention backends by name; auto takes the first of the rest that can serve.
 ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "varlen", "cpu", "torch")
 #: vLLM's names for them, in lower case with hyphens.
@@ -75,6 +78,9 @@ class EngineConfig:
     limit_mm_per_prompt: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_LIMITS))
     plugins: tuple[str, ...] = ()  # `--plugin`: `Architecture=distribution`, or a path to one file
     hook_timeout: float = 30.0  # seconds that one call of a plugin's hook or mapper may take
+    #: Seconds between two tellings of what is new of an answer, from its first token on to its end:
+    #: tokens that come sooner are told together. 0: each step tells of its own.
+    output_interval: float = 0.0
     step_timeout: float = 300.0  # seconds that a step may take before the process counts as stuck
     progress: bool = True  # progress bars on stderr
 
@@ -124,6 +130,10 @@ class EngineConfig:
         _check(ok, "mm_processor_cache_memory", kept, "an integer of at least 0")
         ok = isinstance(self.step_timeout, int | float) and self.step_timeout > 0
         _check(ok, "step_timeout", self.step_timeout, "a number of seconds above 0")
+        interval = self.output_interval
+        ok = isinstance(interval, int | float) and 0 <= interval <= MAX_OUTPUT_INTERVAL
+        at_most = f"a number of seconds from 0 to {MAX_OUTPUT_INTERVAL:g}"
+        _check(ok, "output_interval", interval, at_most)
         slowdown = self.max_decode_slowdown
         ok = isinstance(slowdown, int | float) and slowdown > 1
         _check(ok, "max_decode_slowdown", slowdown, "a number above 1, or inf for no limit")
@@ -134,6 +144,14 @@ class EngineConfig:
             ok = type(limit) is int and limit >= 0
             _check(ok, f"limit_mm_per_prompt of {modality}", limit, "an integer of at least 0")
         backend_name(self.attention_backend)
+
+
+def queue_for(max_num_seqs: int) -> int:
+    """How many prompts are in flight unless an operator says: as many as the engine runs at once.
+
+    Then whoever is taken in begins at once, however many come. A few are always let wait.
+    """
+    return max(MIN_QUEUED_REQUESTS, max_num_seqs)
 
 
 def backend_name(text: str) -> str:

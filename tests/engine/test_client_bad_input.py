@@ -85,7 +85,7 @@ def test_a_refusal_is_one_error_and_a_neighbour_goes_on(
         return tokens
 
     assert loop.run(asyncio.wait_for(run(), 60)) == alone[0].token_ids
-    assert not client._answers and client.alive
+    assert not client._asked and client.alive
     # The controls: the picture's tensors, features and blocks were found.
     assert client.sent.num_hits > known
     again = ask("red")

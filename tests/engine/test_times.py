@@ -91,3 +91,25 @@ def test_what_ends_before_its_first_token_tells_none(new_engine, new_request) ->
     engine.step()
     engine.abort("A")
     assert [output.times for output in engine.step()] == [None]
+
+
+@pytest.mark.parametrize(
+    ("interval", "told"), [(0.0, [1] * 6), (0.5, [1] * 6), (1.0, [1, 2, 2, 1])]
+)
+def test_tokens_that_come_sooner_than_the_interval_are_told_together(
+    new_engine, new_request, monkeypatch, interval: float, told: list[int]
+) -> None:
+    """Half a second for each step; the first token and the end are told at once."""
+    clock = Clock()
+    monkeypatch.setattr(engine_module, "time", clock)
+    engine, runner = new_engine(output_interval=interval)
+
+    def tick() -> None:
+        clock.now += 0.5
+
+    runner.after_run = tick
+    engine.add(new_request("A", [3], max_tokens=6, ignore_eos=True))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert [len(output.outputs[0].token_ids) for output in outputs] == told

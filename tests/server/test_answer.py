@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import TypeVar
 
 import pytest
@@ -13,6 +13,7 @@ from mm_engine.outputs import CompletionOutput, RequestOutput
 from mm_engine.request import Request
 from mm_engine.sampling_params import SamplingParams
 from mm_engine.server.answer import Answer
+from submitting import Submitting
 
 T = TypeVar("T")
 
@@ -21,10 +22,11 @@ def run(work: Coroutine[object, object, T]) -> T:
     return asyncio.run(asyncio.wait_for(work, 60))
 
 
-class Scripted:
+class Scripted(Submitting):
     """Answers each request with the outputs of its script; an exception is raised."""
 
     def __init__(self, **scripts: list[RequestOutput | Exception]) -> None:
+        super().__init__()
         self.scripts = scripts
         self.left: list[str] = []
 
@@ -50,7 +52,7 @@ def output(name: str, text: str, *, finished: bool = False) -> RequestOutput:
 
 
 async def collect(engine: Scripted, *names: str) -> list[tuple[int, str]]:
-    async with Answer(engine, [request(name) for name in names]) as answer:  # type: ignore[arg-type]
+    with Answer(engine, [request(name) for name in names]) as answer:  # type: ignore[arg-type]
         return [(news.prompt, news.output.outputs[0].text) async for news in answer]
 
 
@@ -67,28 +69,35 @@ def test_the_error_of_one_ends_all() -> None:
     engine = Scripted(a=[], b=[output("b", "1"), PluginError("broken")])
     with pytest.raises(PluginError, match="broken"):
         run(collect(engine, "a", "b"))
-    assert sorted(engine.left) == ["a", "b"]
+    assert engine.aborted == ["a"]
 
 
-def test_an_engine_that_falls_silent_is_an_error() -> None:
-    engine = Scripted(a=[output("a", "1")])
-    with pytest.raises(EngineDead):
-        run(collect(engine, "a"))
+def test_an_engine_that_is_gone_is_told_at_once_and_nothing_is_left_behind() -> None:
+    class Dying(Scripted):
+        def submit(self, request: Request, tell: Callable[..., None]) -> None:
+            if request.request_id == "b":
+                raise EngineDead("gone")
+            super().submit(request, tell)
+
+    engine = Dying(a=[], b=[])
+    with pytest.raises(EngineDead, match="gone"):
+        run(collect(engine, "a", "b"))
+    assert engine.aborted == ["a"]
 
 
-def test_leaving_early_closes_every_stream() -> None:
+def test_leaving_early_aborts_all() -> None:
     async def leave() -> None:
-        async with Answer(engine, [request("a"), request("b")]) as answer:  # type: ignore[arg-type]
+        with Answer(engine, [request("a"), request("b")]) as answer:  # type: ignore[arg-type]
             await anext(answer)
 
-    engine = Scripted(a=[], b=[output("b", "1"), output("b", "2", finished=True)])
+    engine = Scripted(a=[], b=[output("b", "1"), output("b", "2")])
     run(leave())
-    assert sorted(engine.left) == ["a", "b"]
+    assert engine.aborted == ["a", "b"]
 
 
 def test_an_answer_can_be_failed_from_outside() -> None:
     async def wait() -> None:
-        async with Answer(engine, [request("a")]) as answer:  # type: ignore[arg-type]
+        with Answer(engine, [request("a")]) as answer:  # type: ignore[arg-type]
             answer.fail(Overloaded("enough"))
             await anext(answer)
 
@@ -100,7 +109,7 @@ def test_an_answer_can_be_failed_from_outside() -> None:
 async def collect_slowly(engine: Scripted, *names: str) -> list[list[str]]:
     """What a reader gets at a time who is only there when the engine has told all."""
     got: list[list[str]] = []
-    async with Answer(engine, [request(name) for name in names]) as answer:  # type: ignore[arg-type]
+    with Answer(engine, [request(name) for name in names]) as answer:  # type: ignore[arg-type]
         try:
             async for news in answer:
                 while len(engine.left) < len(names):
@@ -130,7 +139,7 @@ def test_nothing_waits_where_the_reader_keeps_pace() -> None:
     engine = Scripted(a=[output("a", "1"), output("a", "2", finished=True)])
 
     async def read() -> list[int]:
-        async with Answer(engine, [request("a")]) as answer:  # type: ignore[arg-type]
+        with Answer(engine, [request("a")]) as answer:  # type: ignore[arg-type]
             return [len([*answer.waiting()]) async for _ in answer]
 
     assert run(read()) == [0, 0]

@@ -23,6 +23,7 @@ from mm_engine.server.exchange import Exchange, Job
 from mm_engine.server.metrics import REASONS
 from mm_engine.server.service import Service, Slots
 from mm_engine.server.settings import ServerSettings
+from submitting import Submitting
 
 REFUSED = RequestError("It exceeds something. Send less.")
 SILENCE = "silence"  # nothing more comes
@@ -43,12 +44,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-class Scripted:
+class Scripted(Submitting):
     """Takes a second for each step of its scripts (one for each prompt): a token or an error."""
 
     alive = True
 
     def __init__(self, clock: Clock, *scripts: list[str | Exception]) -> None:
+        super().__init__()
         self.clock = clock
         self.scripts = scripts
         self.quiet = asyncio.Event()  # one of the scripts is through

@@ -166,6 +166,9 @@ def test_each_prompt_of_a_list_counts(strict: ServerProcess) -> None:
         both = client.completions.create(model="first", prompt=["a", "b"], max_tokens=1)
         assert len(both.choices) == 2
         wait_until(lambda: strict.is_idle, "their places given back")
+        alone = client.completions.create(model="first", prompt=["a", "b", "c"], max_tokens=1)
+        assert len(alone.choices) == 3, "more than there are places for, where nobody else is"
+        wait_until(lambda: strict.is_idle, "their places given back")
         running = long(client)
         next(iter(running))
         with pytest.raises(RateLimitError):

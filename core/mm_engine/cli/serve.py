@@ -10,7 +10,14 @@ import typer
 from mm_engine.cli import options
 from mm_engine.cli.access import KEY_VARIABLE, api_keys, check_tls
 from mm_engine.cli.model_choice import choose_model, model_names
-from mm_engine.config import SERVED_DECODE_SLOWDOWN
+from mm_engine.config import (
+    MAX_OUTPUT_INTERVAL,
+    MIN_QUEUED_REQUESTS,
+    SERVED_DECODE_SLOWDOWN,
+    SERVED_OUTPUT_INTERVAL,
+    EngineConfig,
+    queue_for,
+)
 
 SERVER_PANEL = "Server"
 ACCESS_PANEL = "Access"
@@ -145,13 +152,15 @@ def serve(
         ),
     ] = 1024,
     max_queued_requests: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
-            help="Prompts in flight, waiting or running; more get status 429.",
+            help="Prompts in flight, waiting or running; more get status 429. Default: as many as "
+            f"run at once (--max-num-seqs), at least {MIN_QUEUED_REQUESTS}; more let some wait.",
+            show_default=False,
             rich_help_panel=SERVER_PANEL,
         ),
-    ] = 256,
+    ] = None,
     max_queued_tokens: Annotated[
         int,
         typer.Option(
@@ -275,6 +284,16 @@ def serve(
             rich_help_panel=options.MODEL_PANEL,
         ),
     ] = 30.0,
+    output_interval: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=MAX_OUTPUT_INTERVAL,
+            metavar="SECONDS",
+            help="Shortest time between two events of a stream: tokens that come sooner share one.",
+            rich_help_panel=SERVER_PANEL,
+        ),
+    ] = SERVED_OUTPUT_INTERVAL,
     step_timeout: Annotated[
         float,
         typer.Option(
@@ -307,7 +326,6 @@ def serve(
     [bold]engine serve org/name[/bold] a checkpoint from the Hub.
     """
     from mm_engine.cli.banner import print_banner
-    from mm_engine.config import EngineConfig
     from mm_engine.log import format_in_use
     from mm_engine.server.log import configure_logging
     from mm_engine.server.run import serve as run_server
@@ -347,6 +365,7 @@ def serve(
         **fields,
         limit_mm_per_prompt=options.parse_limits(limit_mm_per_prompt),
         hook_timeout=hook_timeout,
+        output_interval=output_interval,
         step_timeout=step_timeout,
         progress=format_in_use() == "text",  # no bars between the lines of a program
     )
@@ -367,7 +386,7 @@ def serve(
         allowed_mm_processor_kwargs=tuple(allowed_mm_processor_kwargs or ()),
         chat_template=chat_template,
         max_connections=max_connections,
-        max_queued_requests=max_queued_requests,
+        max_queued_requests=max_queued_requests or queue_for(max_num_seqs),
         max_queued_tokens=max_queued_tokens,
         max_queue_seconds=max_queue_seconds,
         max_request_seconds=max_request_seconds,

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 
 import zmq
 import zmq.asyncio
@@ -28,11 +29,21 @@ from mm_engine.plugins.record import PluginRecord
 from mm_engine.processes import how_it_ended
 from mm_engine.request import Request
 
+Told = RequestOutput | MMEngineError  # what is new of a request, or the error that ended it
+
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2  # how often the process is looked at
 PING_SECONDS = 2.0  # how often an engine that is at work is asked for a sign of life
 SHUTDOWN_SECONDS = 5.0  # how long it may take to end when asked
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request that isn't answered yet."""
+
+    request: Request
+    tell: Callable[[Told], None]
 
 
 class EngineClient:
@@ -50,7 +61,7 @@ class EngineClient:
         self._socket: zmq.asyncio.Socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)
         self._socket.bind(self._launch.address)
-        self._answers: dict[str, asyncio.Queue[RequestOutput | None]] = {}  # None: it is dead
+        self._asked: dict[str, _Asked] = {}
         self._stats: deque[tuple[float, asyncio.Future[EngineStats]]] = deque()  # since, for whom
         self._death: str | None = None  # how the engine ended
         self._last_words: str | None = None  # what it said about it
@@ -90,6 +101,31 @@ class EngineClient:
         """Whether the engine takes requests."""
         return self._death is None and self._process.poll() is None
 
+    def submit(self, request: Request, tell: Callable[[Told], None]) -> None:
+        """Have `request` answered. On the event loop `tell` gets each increment as it comes, the
+        last of which is finished, or the error that ended it: after either it is called no more.
+
+        The request's id must be one that was never used before.
+
+        Raises:
+            RequestError: the id is in use.
+            EngineDead: the process is gone.
+        """
+        if self._death is not None:
+            raise self._dead()
+        if request.request_id in self._asked:
+            raise RequestError(
+                f"request_id is in use: {request.request_id}. Choose another.", param="request_id"
+            )
+        tensors: list[wire.Frame] = []
+        self._send(wire.Add(wire.pack_request(request, tensors, self.sent)), tensors)
+        self._asked[request.request_id] = _Asked(request, tell)
+
+    def abort(self, request_id: str) -> None:
+        """Hear no more of this request, unless it has ended anyway."""
+        if self._asked.pop(request_id, None) is not None and self._death is None:
+            self._send(wire.Abort(request_id))
+
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Answer `request`, increment by increment. Leaving the iterator aborts the request.
 
@@ -99,32 +135,18 @@ class EngineClient:
             RequestError, PluginError: the request failed.
             EngineDead: the process is gone.
         """
-        if self._death is not None:
-            raise self._dead()
-        if request.request_id in self._answers:
-            raise RequestError(
-                f"request_id is in use: {request.request_id}. Choose another.", param="request_id"
-            )
-        answer: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
-        self._answers[request.request_id] = answer
-        ended = False
+        told: asyncio.Queue[Told] = asyncio.Queue()
+        self.submit(request, told.put_nowait)
         try:
-            tensors: list[wire.Frame] = []
-            self._send(wire.Add(wire.pack_request(request, tensors, self.sent)), tensors)
-            while not ended:
-                output = await answer.get()
-                if output is None:
-                    raise self._dead()
-                ended = output.finished
-                if output.error is not None:
-                    for item in request.items:  # perhaps they are at fault
-                        self.sent.drop(item.content_key)
-                    raise _to_error(output.error)
-                yield output
+            finished = False
+            while not finished:
+                news = await told.get()
+                if isinstance(news, MMEngineError):
+                    raise news
+                finished = news.finished
+                yield news
         finally:
-            del self._answers[request.request_id]
-            if not ended and self._death is None:
-                self._send(wire.Abort(request.request_id))
+            self.abort(request.request_id)
 
     async def stats(self) -> EngineStats:
         """How the engine is, between two steps.
@@ -207,15 +229,30 @@ class EngineClient:
     def _dispatch(self, message: wire.FromEngine) -> None:
         if isinstance(message, wire.Outputs):
             for output in message.outputs:
-                answer = self._answers.get(output.request_id)
-                if answer is not None:  # else the caller left before it knew
-                    answer.put_nowait(output)
+                self._tell(output)
         elif isinstance(message, wire.Failed):
             self._last_words = message.message
         elif isinstance(message, wire.Stats):
             _, future = self._stats.popleft()
             if not future.done():
                 future.set_result(message.stats)
+
+    def _tell(self, output: RequestOutput) -> None:
+        asked = self._asked.get(output.request_id)
+        if asked is None:  # the caller left before the engine knew
+            return
+        if output.error is not None:
+            for item in asked.request.items:  # perhaps they are at fault
+                self.sent.drop(item.content_key)
+            if output.finished:
+                del self._asked[output.request_id]
+            else:
+                self.abort(output.request_id)
+            asked.tell(_to_error(output.error))
+            return
+        if output.finished:
+            del self._asked[output.request_id]
+        asked.tell(output)
 
     async def _watch(self) -> None:
         pinged = 0.0
@@ -232,7 +269,7 @@ class EngineClient:
                 self._process.kill()
                 self._die(f"a step took longer than {self._step_timeout:g} s")
                 return
-            if self._answers and not self._stats and now - pinged > PING_SECONDS:
+            if self._asked and not self._stats and now - pinged > PING_SECONDS:
                 self._ask_stats()
                 pinged = now
         await asyncio.sleep(POLL_SECONDS)  # for what it sent before
@@ -243,8 +280,9 @@ class EngineClient:
         if self._death is not None:
             return
         self._death = how
-        for answer in self._answers.values():
-            answer.put_nowait(None)
+        for asked in self._asked.values():
+            asked.tell(self._dead())
+        self._asked.clear()
         for _, future in self._stats:
             if not future.done():
                 future.set_exception(self._dead())

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Answer:
-    """A request that is being answered, and what is new of the answer since the last step."""
+    """A request that is being answered, and what is new of the answer since that was told."""
 
     sequences: list[Sequence]
     news: dict[int, CompletionOutput] = field(default_factory=dict)  # by the sequence's index
@@ -122,6 +122,8 @@ class Engine:
         self.max_model_len = max_model_len or config.max_model_len or self.kv_cache.max_tokens
         self._answers: dict[str, _Answer] = {}  # by request id, until the last news is taken
         self._changed: dict[str, _Answer] = {}  # those that have news
+        self._output_interval = config.output_interval
+        self._told_all = 0.0  # when all news was taken, by `time.monotonic`
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
         self._num_steps = 0
@@ -132,7 +134,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Launch one step and report one: the same, or with overlap the one before it.
 
-        Returns what is new for each request that has news.
+        Returns what is new for each request that has news, or as much of it as is to be told now.
         """
         if self.scheduler.waits_for_result:  # rarely: somebody has to give way
             self._process_in_flight()
@@ -361,9 +363,18 @@ class Engine:
                 self.scheduler.finish(sequence)
 
     def _take_news(self) -> list[RequestOutput]:
+        """What is new: of answers that begin or end, and once in `output_interval` of all."""
         outputs: list[RequestOutput] = []
+        kept: dict[str, _Answer] = {}
+        now = time.monotonic() if self._output_interval else 0.0
+        of_all = now - self._told_all >= self._output_interval
+        if of_all:
+            self._told_all = now
         for request_id, answer in self._changed.items():
             finished = all(sequence.finished for sequence in answer.sequences)
+            if not (of_all or finished or answer.times):
+                kept[request_id] = answer
+                continue
             output = RequestOutput(request_id, list(answer.news.values()), finished, answer.error)
             # Of the first: the others of a request find what the first has computed.
             output.num_cached_tokens = answer.sequences[0].num_cached_tokens or 0
@@ -372,7 +383,7 @@ class Engine:
             answer.news, answer.times = {}, None
             if finished:
                 del self._answers[request_id]
-        self._changed = {}
+        self._changed = kept
         return outputs
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
-from mm_engine.errors import EngineDead, MMEngineError
+from mm_engine.errors import MMEngineError
 from mm_engine.outputs import RequestOutput
 from mm_engine.request import Request
 
 if TYPE_CHECKING:
-    from mm_engine.engine.client import EngineClient
+    from mm_engine.engine.client import EngineClient, Told
 
 
 class News(NamedTuple):
@@ -28,8 +29,8 @@ class News(NamedTuple):
 class Answer:
     """Iterates over the `News` of all prompts, as they come.
 
-    An async context manager: the engine works on the requests inside it, and on leaving it those
-    that haven't finished are aborted. If one fails, its error is raised and all are.
+    A context manager: the engine works on the requests inside it, and on leaving it those that
+    haven't finished are aborted. If one fails, its error is raised and all are.
     """
 
     def __init__(
@@ -38,31 +39,35 @@ class Answer:
         requests: Sequence[Request],
         begun: Callable[[], None] = lambda: None,
     ) -> None:
-        """`begun` is called when the first news comes."""
+        """`begun` is called when the first news is read."""
         self._client = client
         self._begun: Callable[[], None] | None = begun
         self._requests = requests
-        self._news: asyncio.Queue[News | int | Exception] = asyncio.Queue()
-        self._next: int | Exception | None = None  # taken from the queue, but not yet told
-        self._readers: list[asyncio.Task[None]] = []
+        self._news: deque[News | MMEngineError] = deque()  # an error is the last that is read
         self._num_unfinished = len(requests)
+        self._reader: asyncio.Future[None] | None = None  # waits for news
 
-    async def __aenter__(self) -> Answer:
-        self._readers = [
-            asyncio.create_task(self._read(index, request))
-            for index, request in enumerate(self._requests)
-        ]
+    def __enter__(self) -> Answer:
+        """Begin.
+
+        Raises:
+            EngineDead: the engine is gone.
+        """
+        for index, request in enumerate(self._requests):
+            try:
+                self._client.submit(request, partial(self._told, index))
+            except BaseException:
+                self._abort(self._requests[:index])
+                raise
         return self
 
-    async def __aexit__(
+    def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for reader in self._readers:
-            reader.cancel()
-        await asyncio.gather(*self._readers, return_exceptions=True)
+        self._abort(self._requests)
 
     def __aiter__(self) -> Answer:
         return self
@@ -73,42 +78,48 @@ class Answer:
         Raises:
             MMEngineError: the engine failed a request, or `fail` was called.
         """
-        while self._num_unfinished:
-            news = self._next if self._next is not None else await self._news.get()
-            self._next = None
-            if isinstance(news, Exception):
-                raise news
-            if isinstance(news, News):
-                if self._begun is not None:
-                    self._begun()
-                    self._begun = None
-                return news
-            self._num_unfinished -= 1
-        raise StopAsyncIteration
+        while not self._news:
+            if not self._num_unfinished:
+                raise StopAsyncIteration
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        news = self._news.popleft()
+        if isinstance(news, MMEngineError):
+            raise news
+        if self._begun is not None:
+            self._begun()
+            self._begun = None
+        return news
 
     def waiting(self) -> Iterator[News]:
         """What has come besides, for whom reads more slowly than the engine tells."""
-        while self._next is None and not self._news.empty():
-            news = self._news.get_nowait()
-            if isinstance(news, News):
-                yield news
-            else:
-                self._next = news
+        while self._news:
+            news = self._news[0]
+            if isinstance(news, MMEngineError):
+                return
+            self._news.popleft()
+            yield news
 
     def fail(self, error: MMEngineError) -> None:
         """End the answer with an error, whatever the engine still has to say."""
-        self._news.put_nowait(error)
+        self._news.append(error)
+        self._wake()
 
-    async def _read(self, index: int, request: Request) -> None:
-        finished = False
-        try:
-            async with contextlib.aclosing(self._client.generate(request)) as outputs:
-                async for output in outputs:
-                    finished = output.finished
-                    self._news.put_nowait(News(index, output, time.perf_counter()))
-        except Exception as error:  # whatever it is, the request's own task must get to know it
-            self._news.put_nowait(error)
+    def _told(self, index: int, told: Told) -> None:
+        if isinstance(told, MMEngineError):
+            self.fail(told)
             return
-        if not finished:
-            self.fail(EngineDead("the engine has stopped. Restart the server."))
-        self._news.put_nowait(index)
+        self._news.append(News(index, told, time.perf_counter()))
+        self._num_unfinished -= told.finished
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _abort(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._client.abort(request.request_id)

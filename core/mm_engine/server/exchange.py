@@ -142,12 +142,11 @@ class Exchange(Response):
         notes["submitted"] = time.perf_counter()
         answer = Answer(self._service.client, job.requests, slots.begun)
         try:
-            with self._service.answering(answer), deadline.ending(answer):
-                async with answer:
-                    if job.stream:
-                        await _stream(answer, job, tally, send, notes)
-                    else:
-                        await _whole(answer, job, tally, send)
+            with self._service.answering(answer), deadline.ending(answer), answer:
+                if job.stream:
+                    await _stream(answer, job, tally, send, notes)
+                else:
+                    await _whole(answer, job, tally, send)
         except Exception as error:
             tally.fail(error)
             raise
@@ -179,13 +178,11 @@ async def _stream(
     tally.add(news)
     await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
     try:
-        await _emit(send, reply.opening())
-        await _emit(send, reply.events(news.prompt, news.output))
+        await _emit(send, (*reply.opening(), *reply.events(news.prompt, news.output)))
         async for news in answer:
             for prompt, output in _together(news, answer, tally):
                 await _emit(send, reply.events(prompt, output))
-        await _emit(send, reply.closing(tally))
-        last = job.ending(None)
+        last = "".join(map(event_lines, reply.closing(tally))) + job.ending(None)
     except Exception as error:  # the status is out: the stream has to say it
         status, body = body_of(error)
         notes["failed"], notes["error"] = status, error
@@ -195,8 +192,8 @@ async def _stream(
 
 
 def _together(first: News, answer: Answer, tally: Tally) -> Iterable[tuple[int, RequestOutput]]:
-    """What is new of each prompt, as one: more than a step's if this process, or the client, can't
-    keep pace with the engine. Then events grow longer instead of late."""
+    """What is new of each prompt, as one: more than the engine told at a time if this process, or
+    the client, can't keep pace with it. Then events grow longer instead of late."""
     tally.add(first)
     outputs = {first.prompt: first.output}
     for news in answer.waiting():

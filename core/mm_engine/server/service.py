@@ -69,18 +69,14 @@ class Slots:
         self._waits = True
 
     def take(self, num_prompts: int) -> None:
-        """Have this many in all.
+        """Have this many in all. More than the limit have to be alone, as with tokens.
 
         Raises:
-            RequestError: more than the queue could ever hold.
-            Overloaded: more than it holds now.
+            Overloaded: more than the queue holds now.
         """
         limit = self._service.settings.max_queued_requests
-        if num_prompts > limit:
-            raise RequestError(
-                f"too many prompts: {num_prompts}. Send at most {limit} at once.", param="prompt"
-            )
-        if self._service.num_prompts + num_prompts - self.num_prompts > limit:
+        others = self._service.num_prompts - self.num_prompts
+        if others and others + num_prompts > limit:
             raise Overloaded(f"the queue is full: {limit} prompts. Send the request again later.")
         self._service.num_prompts += num_prompts - self.num_prompts
         self.num_prompts = num_prompts

@@ -28,7 +28,7 @@ def main(parent_pid: int, options: dict[str, Any]) -> int:
     threading.Thread(target=_end_with_parent, args=(parent_pid,), daemon=True).start()
     pass_over_damage()
 
-    from mm_engine.config import EngineConfig
+    from mm_engine.config import SERVED_OUTPUT_INTERVAL, EngineConfig
     from mm_engine.errors import MMEngineError
     from mm_engine.plugins.printable import printable
     from mm_engine.server.log import configure_logging
@@ -38,7 +38,8 @@ def main(parent_pid: int, options: dict[str, Any]) -> int:
     configure_logging("warning", "text")  # the parent reads lines
     max_queued_requests = options.pop("max_queued_requests")
     try:
-        config = EngineConfig(**{**options, "plugins": tuple(options["plugins"])}, progress=False)
+        options |= {"plugins": tuple(options["plugins"]), "progress": False}
+        config = EngineConfig(**options, output_interval=SERVED_OUTPUT_INTERVAL)
         settings = ServerSettings(
             served_model_names=(SERVED_NAME,),
             port=0,
