@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from fastapi import Response
 from pydantic import BaseModel
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from mm_engine.errors import RequestError
 from mm_engine.outputs import RequestOutput
@@ -23,6 +23,7 @@ from mm_engine.request import Request
 from mm_engine.server.answer import Answer, News
 from mm_engine.server.deadline import Deadline, asked_in_header
 from mm_engine.server.errors import body_of
+from mm_engine.server.patience import Patience, Stalled
 from mm_engine.server.protocol import RequestT, parse
 from mm_engine.server.service import Service, Slots
 from mm_engine.server.tally import Tally
@@ -106,7 +107,6 @@ class Exchange(Response):
         arrived, began = time.perf_counter(), asyncio.get_running_loop().time()
         notes: dict[str, Any] = scope.setdefault("mm_engine.notes", {})
         service, metrics = self._service, self._service.metrics
-        send = _impatient(send, service.settings.send_timeout)
         with service.admit() as slots, metrics.in_flight.track_inprogress():
             slots.wait()
             deadline = Deadline(began, service.settings.max_request_seconds)
@@ -116,7 +116,7 @@ class Exchange(Response):
             work = self._answer(body or b"", slots, send, arrived, deadline, notes)
             try:
                 done = body is not None and await unless_gone(receive, work)
-            except _Stalled:
+            except Stalled:
                 done = False
             finally:
                 work.close()  # if it wasn't begun
@@ -141,12 +141,14 @@ class Exchange(Response):
         tally = notes["tally"] = Tally(job.requests, self._service.metrics, arrived)
         notes["submitted"] = time.perf_counter()
         answer = Answer(self._service.client, job.requests, slots.begun)
+        patience = Patience(send, self._service.settings.send_timeout)
         try:
             with self._service.answering(answer), deadline.ending(answer), answer:
-                if job.stream:
-                    await _stream(answer, job, tally, send, notes)
-                else:
-                    await _whole(answer, job, tally, send)
+                async with patience:
+                    if job.stream:
+                        await _stream(answer, job, tally, patience.send, notes)
+                    else:
+                        await _whole(answer, job, tally, patience.send)
         except Exception as error:
             tally.fail(error)
             raise
@@ -179,9 +181,10 @@ async def _stream(
     await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
     try:
         await _emit(send, (*reply.opening(), *reply.events(news.prompt, news.output)))
-        async for news in answer:
-            for prompt, output in _together(news, answer, tally):
-                await _emit(send, reply.events(prompt, output))
+        async for first in answer:
+            for news in _together(first, answer):
+                tally.add(news)
+                await _emit(send, reply.events(news.prompt, news.output))
         last = "".join(map(event_lines, reply.closing(tally))) + job.ending(None)
     except Exception as error:  # the status is out: the stream has to say it
         status, body = body_of(error)
@@ -191,41 +194,23 @@ async def _stream(
     await send({"type": "http.response.body", "body": last.encode()})
 
 
-def _together(first: News, answer: Answer, tally: Tally) -> Iterable[tuple[int, RequestOutput]]:
+def _together(first: News, answer: Answer) -> Iterable[News]:
     """What is new of each prompt, as one: more than the engine told at a time if this process, or
     the client, can't keep pace with it. Then events grow longer instead of late."""
-    tally.add(first)
-    outputs = {first.prompt: first.output}
+    together = {first.prompt: first}
     for news in answer.waiting():
-        tally.add(news)
-        if news.prompt in outputs:
-            outputs[news.prompt].extend(news.output)
-        else:
-            outputs[news.prompt] = news.output
-    return outputs.items()
+        earlier = together.get(news.prompt)
+        if earlier is not None:
+            earlier.output.extend(news.output)
+            news = news._replace(output=earlier.output)
+        together[news.prompt] = news
+    return together.values()
 
 
 async def _emit(send: Send, events: Iterable[BaseModel]) -> None:
     body = "".join(map(event_lines, events)).encode()
     if body:
         await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-class _Stalled(BaseException):
-    """The client doesn't read what it is sent. No `Exception`: it can't be told of it."""
-
-
-def _impatient(send: Send, timeout: float) -> Send:
-    """`send`, for a client that reads within `timeout` seconds what the buffers don't hold."""
-
-    async def send_in_time(message: Message) -> None:
-        try:
-            async with asyncio.timeout(timeout):
-                await send(message)
-        except TimeoutError:
-            raise _Stalled from None
-
-    return send_in_time
 
 
 def event_lines(event: BaseModel) -> str:
