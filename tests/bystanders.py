@@ -33,6 +33,7 @@ def holdings(server: ServerProcess) -> dict[str, float]:
         "encoder rows": server.metric("mm_engine_encoder_rows"),
         "open files": sum(process.num_fds() for process in processes),
         "connections": len(processes[0].net_connections("tcp")),
+        "tasks": server.metric("mm_engine_num_tasks"),
     }
 
 
@@ -73,8 +74,8 @@ def undisturbed(server: ServerProcess, *, new_rows: bool = False) -> Iterator[No
     """Whatever is asked inside, afterwards all is as it was, and a neighbour noticed nothing.
 
     The same engine process; /health answers 200; answers of one who asks all the while are those
-    that he gets alone; blocks, image features (unless good images make `new_rows`), files and
-    connections as before; nothing in the log that isn't for it.
+    that he gets alone; blocks, image features (unless good images make `new_rows`), files,
+    connections and tasks as before; nothing in the log that isn't for it.
     """
     alone = answer(server)
     wait_until(lambda: server.is_idle, "it to be idle before")

@@ -109,7 +109,7 @@ def test_every_kind_of_traffic_comes_and_follows_from_its_seed(part: Callable[[s
 
 
 def flat_run(soak: Any, server: Any) -> Any:
-    gauges = dict.fromkeys((*server.HELD_FOR_REQUESTS, *server.KEPT), 0.0)
+    gauges = dict.fromkeys((*server.HELD_FOR_REQUESTS, *server.KEPT, server.TASKS), 0.0)
     gauges |= dict.fromkeys(server.KEPT.values(), 10.0)
     held = {"front": server.Held(2**28, 20, 9), "engine": server.Held(2**29, 10, 4)}
     snapshot = server.Snapshot(held, gauges)
@@ -142,7 +142,7 @@ def test_growth_of_one_process_is_seen(
 
 @pytest.mark.parametrize(
     ("broken", "gauge", "value"),
-    [("held", "num_used_blocks", 1.0), ("kept", "encoder_rows", 11.0)],
+    [("held", "num_used_blocks", 1.0), ("kept", "encoder_rows", 11.0), ("tasks", "num_tasks", 1.0)],
 )
 def test_what_is_left_behind_is_seen(
     part: Callable[[str], Any], broken: str, gauge: str, value: float

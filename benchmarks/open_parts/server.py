@@ -32,6 +32,7 @@ HELD_FOR_REQUESTS = (
     "num_requests_in_flight",
     "num_used_blocks",
 )
+TASKS = "num_tasks"  # of the server's event loop
 #: What caches keep, and what bounds it.
 KEPT = {"num_kept_blocks": "num_blocks", "encoder_rows": "max_encoder_rows"}
 
@@ -157,7 +158,7 @@ class Server:
             name: Held(process.memory_info().rss, process.num_fds(), process.num_threads())
             for name, process in self.processes().items()
         }
-        names = (*HELD_FOR_REQUESTS, *KEPT, *KEPT.values())
+        names = (*HELD_FOR_REQUESTS, *KEPT, *KEPT.values(), TASKS)
         gauges = self.gauges()
         return Snapshot(held, {name: gauges[name] for name in names})
 

@@ -18,7 +18,7 @@ import httpx
 
 from mm_engine.plugins.discovery import demos
 from open_parts.caller import Came, answer_of, call, open_client
-from open_parts.server import HELD_FOR_REQUESTS, KEPT, Server, Snapshot, wait_until
+from open_parts.server import HELD_FOR_REQUESTS, KEPT, TASKS, Server, Snapshot, wait_until
 from open_parts.traffic import (
     CHAT,
     COMPLETIONS,
@@ -213,6 +213,7 @@ def verdict(run: Run, max_growth: float) -> dict[str, dict[str, Any]]:
     }
     names = [sorted(checkpoint.snapshot.processes) for checkpoint in second]
     held = max(c.snapshot.gauges[name] for c in run.checkpoints for name in HELD_FOR_REQUESTS)
+    tasks = [checkpoint.snapshot.gauges[TASKS] for checkpoint in run.checkpoints]
     kept = {name: max(c.snapshot.gauges[name] for c in run.checkpoints) for name in KEPT}
     bounds = {name: second[-1].snapshot.gauges[bound] for name, bound in KEPT.items()}
     judged: dict[str, tuple[str, Any, bool]] = {
@@ -227,6 +228,11 @@ def verdict(run: Run, max_growth: float) -> dict[str, dict[str, Any]]:
             "blocks, requests running, waiting and in flight are 0 at each checkpoint",
             held,
             held == 0,
+        ),
+        "tasks": (
+            "no more of the event loop's tasks at any checkpoint than at the first",
+            [tasks[0], max(tasks)],
+            max(tasks) <= tasks[0],
         ),
         "kept": (
             "kept blocks and encoder rows stay within their bounds",

@@ -186,6 +186,10 @@ class Metrics:
             registry=self.registry,
         )
         self.in_flight = self._gauge("num_requests_in_flight", "Completion requests being answered")
+        self.tasks = self._gauge(
+            "num_tasks",
+            "Tasks of the server's event loop that haven't ended, this answer's included",
+        )
         self.queued_prompts = self._gauge(
             "num_queued_prompts", "Prompts that are admitted and not yet answered, running or not"
         )
