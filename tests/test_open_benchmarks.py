@@ -170,7 +170,7 @@ def test_wrong_answers_are_seen(part: Callable[[str], Any], broken: str, field: 
 def test_a_small_overload_is_answered_and_refused(record: Callable[..., Any]) -> None:
     flags = ("--seconds", "2", "--closed-seconds", "1", "--concurrency", "4", "--output-len", "64")
     _, told = record("overload", *flags, "--server-flags", "--max-num-seqs", "4")
-    assert told["runs"].keys() == {"default", "places", "time"}
+    assert told["runs"].keys() == {"default", "long", "long, by time"}
     for run in told["runs"].values():
         base, loaded = run["closed_loop"], run["open_loop"]
         assert run["criteria"]["answered"]["kept"], run["criteria"]["answered"]["found"]
@@ -181,9 +181,9 @@ def test_a_small_overload_is_answered_and_refused(record: Callable[..., Any]) ->
         assert base["output_tokens_per_second"] == pytest.approx(64 * base["admitted_per_second"])
         assert loaded["num_health"] > 20 and loaded["health_wrong"] == {}
         assert run["rss_bytes"][0].keys() == {"front", "engine"}
-    assert told["runs"]["places"]["open_loop"]["failures"].keys() == {"429"}
-    assert told["runs"]["places"]["closed_loop"]["failures"] == {}
-    assert "--max-queue-seconds" in told["runs"]["time"]["flags"]
+    assert told["runs"]["default"]["open_loop"]["failures"].keys() == {"429"}
+    assert told["runs"]["default"]["closed_loop"]["failures"] == {}
+    assert "--max-queue-seconds" in told["runs"]["long, by time"]["flags"]
 
 
 def overloaded() -> dict[str, Any]:
