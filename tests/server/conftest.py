@@ -16,7 +16,9 @@ from serving import FLAGS, KEY, ServerProcess
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with ServerProcess(tmp_path_factory.mktemp("server"), *FLAGS) as started:
+    """One that has an event for each step of the engine."""
+    flags = (*FLAGS, "--output-interval", "0")
+    with ServerProcess(tmp_path_factory.mktemp("server"), *flags) as started:
         yield started
 
 

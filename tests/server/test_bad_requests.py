@@ -154,7 +154,7 @@ COMPLETION_FIELDS: list[tuple[str, Any, str]] = [
     ("prompt", [1] * 5000, "prompt"),
     ("prompt", "x " * 20_000, "prompt"),
     ("prompt", ["x"] * 2000, "prompt"),
-    ("prompt", ["x"] * 300, "prompt"),
+    ("prompt", ["x"] * 1025, "prompt"),
     ("prompt", "<image> what?", "prompt"),
     ("prompt", {"text": "x"}, "prompt"),
 ]

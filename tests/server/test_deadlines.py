@@ -83,7 +83,9 @@ def test_time_in_the_queue_counts(slow: ServerProcess) -> None:
     waiting = slow.metric("mm_engine_num_requests_waiting")
     answer = slow.http.post(COMPLETIONS, json=SHORT, headers={"X-Request-Timeout": "0.3"})
     assert (answer.status_code, error_of(answer.text)["message"]) == (504, MESSAGE)
-    assert slow.metric("mm_engine_num_requests_waiting") <= waiting
+    wait_until(  # a step later at most
+        lambda: slow.metric("mm_engine_num_requests_waiting") <= waiting, "it to leave the queue"
+    )
     thread.join()
     assert first == [504]
     wait_until(lambda: slow.is_idle, "the engine to be idle", 10)

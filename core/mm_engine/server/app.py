@@ -218,6 +218,7 @@ def _add_information_routes(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """Metrics in Prometheus' text format."""
         stats = await _stats(service)
+        service.metrics.tasks.set(len(asyncio.all_tasks()))
         text = service.metrics.text(stats, alive=service.client.alive)
         return Response(text, media_type="text/plain; version=0.0.4")
 

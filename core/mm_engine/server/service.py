@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import hashlib
 import hmac
@@ -139,7 +138,6 @@ class Service:
         self.pipeline = pipeline
         self.settings = settings
         self.metrics = Metrics(pipeline.plugin.record, pipeline.processed)
-        self.metrics.tasks.set_function(lambda: len(asyncio.all_tasks()))
         self.num_prompts = 0  # admitted and not yet answered
         self.metrics.queued_prompts.set_function(lambda: self.num_prompts)
         self.metrics.max_queued_prompts.set(settings.max_queued_requests)
