@@ -20,7 +20,8 @@ _STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 _TOKENS = re.compile(rb'"completion_tokens":(\d+)')
 _RETRY_AFTER = re.compile(rb"\r\nretry-after: \d+\r\n", re.IGNORECASE)
 _END = b"data: [DONE]\n\n"
-_LIMIT = 2**20
+_KEPT = 1024  # bytes of what came before, beside the newest
+_MAX_HEAD = 2**16
 
 
 async def ask_lightly(url: httpx.URL, path: str, body: bytes, index: int = 0) -> Measured:
@@ -30,38 +31,77 @@ async def ask_lightly(url: httpx.URL, path: str, body: bytes, index: int = 0) ->
         f"POST {path} HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
         f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    writer: asyncio.StreamWriter | None = None
+    loop = asyncio.get_running_loop()
+    transport: asyncio.Transport | None = None
     try:
-        reader, writer = await asyncio.open_connection(url.host, url.port, limit=_LIMIT)
-        writer.write(head.encode() + body)
-        await _read(reader, measured)
-    except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+        transport, reader = await loop.create_connection(
+            lambda: _Reader(measured, loop.create_future()), url.host, url.port
+        )
+        transport.write(head.encode() + body)
+        await reader.ended
+        reader.judge()
+    except OSError as error:
         measured.failure = Failure(type(error).__name__, " ".join(str(error).split()))
     finally:
-        if writer is not None:
-            writer.close()
+        if transport is not None:
+            transport.close()
         measured.end = time.perf_counter()
     return measured
 
 
-async def _read(reader: asyncio.StreamReader, measured: Measured) -> None:
-    head = await reader.readuntil(b"\r\n\r\n")
-    status = _STATUS.match(head)
-    if status is None or status[1] != b"200":
-        told = message_of((await reader.read()).decode("utf-8", "replace"))
-        kind = status[1].decode() if status else "no HTTP"
-        if kind in ("429", "503") and not _RETRY_AFTER.search(head):
-            kind = NO_RETRY_AFTER
-        measured.failure = Failure(kind, told)
-        return
-    last = b""
-    while chunk := await reader.read(2**16):
-        if measured.first_event is None and b"data: " in chunk:
-            measured.first_event = time.perf_counter()
-        last = last[-1024:] + chunk
-    if b'"error":' in last:
-        measured.failure = Failure("stream", "the stream broke off with an error")
-    elif _END not in last:
-        measured.failure = Failure("stream", "the stream was cut off before its end")
-    tokens = _TOKENS.findall(last)
-    measured.output_tokens = int(tokens[-1]) if tokens else 0
+class _Reader(asyncio.Protocol):
+    """Takes what comes where it comes: no task wakes before the connection's end.
+
+    Of a stream the last bytes are kept, of anything else all.
+    """
+
+    def __init__(self, measured: Measured, ended: asyncio.Future[None]) -> None:
+        self.ended = ended
+        self._measured = measured
+        self._head = b""
+        self._status = ""  # once the head has come
+        self._body = b""
+
+    def data_received(self, data: bytes) -> None:
+        """Take it (called by asyncio)."""
+        if not self._status:
+            self._head += data
+            end = self._head.find(b"\r\n\r\n")
+            if end < 0:
+                if len(self._head) > _MAX_HEAD and not self.ended.done():
+                    self.ended.set_exception(OSError("the head has no end"))
+                return
+            data = self._head[end + 4 :]
+            self._head = self._head[: end + 4]
+            status = _STATUS.match(self._head)
+            self._status = status[1].decode() if status else "no HTTP"
+        streams = self._status == "200"
+        if streams and self._measured.first_event is None and b"data: " in data:
+            self._measured.first_event = time.perf_counter()
+        self._body = (self._body[-_KEPT:] if streams else self._body) + data
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Say that it has ended (called by asyncio)."""
+        if self.ended.done():
+            return
+        if exc is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(exc)
+
+    def judge(self) -> None:
+        """What became of the request, once all has come."""
+        measured, body = self._measured, self._body
+        if self._status != "200":
+            told = message_of(body.decode("utf-8", "replace"))
+            kind = self._status or "no answer"
+            if kind in ("429", "503") and not _RETRY_AFTER.search(self._head):
+                kind = NO_RETRY_AFTER
+            measured.failure = Failure(kind, told)
+            return
+        if b'"error":' in body:
+            measured.failure = Failure("stream", "the stream broke off with an error")
+        elif _END not in body:
+            measured.failure = Failure("stream", "the stream was cut off before its end")
+        tokens = _TOKENS.findall(body)
+        measured.output_tokens = int(tokens[-1]) if tokens else 0
