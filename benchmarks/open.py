@@ -1,9 +1,10 @@
-"""Whether a server can stand in the open: what long use, too many clients and a killed engine do.
+"""Whether a server can stand in the open: what long use, crowds, a killed engine and leaving do.
 
     python benchmarks/open.py soak [--requests 20000] [--json out.json]     # make soak
     python benchmarks/open.py overload [--json out.json]
     python benchmarks/open.py kill9 [--streams 32] [--rounds 3] [--json out.json]
     python benchmarks/open.py http-cost [--rounds 3] [--json out.json]
+    python benchmarks/open.py leave [--rounds 20] [--json out.json]
 
 Each starts `engine serve` with the demo on a free port of 127.0.0.1, and asks it over HTTP. The
 exit status is 1 if what has to be kept isn't.
@@ -28,6 +29,7 @@ from rich.table import Table
 from mm_engine.cli.bench.workload import Shape
 from open_parts.http_cost import http_cost
 from open_parts.kill9 import kill9
+from open_parts.leave import PHASES, leave
 from open_parts.overload import Load, overload
 from open_parts.soak import MIB, soak
 from record import begin, write
@@ -165,6 +167,19 @@ def run_http_cost(args: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def run_leave(args: argparse.Namespace) -> dict[str, Any]:
+    """Clients leave in each phase of a request: how soon is nothing held for them?"""
+    with progress("Leaving", len(args.phases) * args.rounds) as tick:
+        figures = leave(args.phases, args.rounds, tuple(args.server_flags), lambda: tick(1))
+    table = Table("phase", "rounds", "median", "p99", "most")
+    for name, phase in figures["phases"].items():
+        seconds = (f"{1000 * phase['seconds'][key]:.0f} ms" for key in ("median", "p99", "max"))
+        table.add_row(name, str(phase["num_rounds"]), *seconds)
+    Console().print(table)
+    show(figures["criteria"])
+    return figures
+
+
 def main() -> int:
     """Measure, print, write JSON if asked to; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -200,6 +215,10 @@ def main() -> int:
     costing.add_argument("--rounds", type=int, default=3)
     costing.add_argument("--input-len", type=int, default=32, help="tokens")
     costing.add_argument("--output-len", type=int, default=256, help="tokens")
+    leaving = questions.add_parser("leave", help=run_leave.__doc__)
+    leaving.set_defaults(run=run_leave)
+    leaving.add_argument("--rounds", type=int, default=20, help="in each phase")
+    leaving.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     for question in questions.choices.values():
         question.add_argument("--json", type=Path, help="write the figures to this file")
         question.add_argument(

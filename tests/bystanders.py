@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ NEIGHBOUR: dict[str, Any] = {
     "ignore_eos": True,
     "temperature": 0,
 }
+MAX_BLOCKS = 8  # of 16 tokens, that the neighbour takes; between two answers it takes none
 
 
 def holdings(server: ServerProcess) -> dict[str, float]:
@@ -110,3 +113,62 @@ def undisturbed(server: ServerProcess, *, new_rows: bool = False) -> Iterator[No
     wait_until(is_as_before, f"what it holds to be as before: {before}", 15)
     said = server.output[start:]
     assert not [part for part in UNSPEAKABLE if part in said]
+
+
+@contextlib.contextmanager
+def asking(server: ServerProcess, route: str, body: dict[str, Any]) -> Iterator[socket.socket]:
+    """A request whose client leaves at the end, whatever has come by then."""
+    host, port = server.url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head.encode() + content)
+        yield connection
+
+
+@contextlib.contextmanager
+def leaving(
+    server: ServerProcess,
+    route: str,
+    body: dict[str, Any],
+    within: float,
+    *,
+    num_others: int = 1,
+    max_blocks: float = MAX_BLOCKS,
+    also: Callable[[], bool] = lambda: True,
+) -> Iterator[socket.socket]:
+    """`asking`; so many seconds after its client has left, the server holds only what others do.
+
+    By default, that is the neighbour of `undisturbed`.
+    """
+    start = len(server.output)
+    with asking(server, route, body) as connection:
+        yield connection
+    left = time.monotonic()
+    line = f"POST {route} 499 "
+    wait_until(lambda: line in server.output[start:], "its line in the log")
+
+    def is_back() -> bool:
+        in_flight, prompts, running, waiting, blocks = server.gauges(
+            "num_requests_in_flight",
+            "num_queued_prompts",
+            "num_requests_running",
+            "num_requests_waiting",
+            "num_used_blocks",
+        ).values()
+        others_only = max(in_flight, prompts) <= num_others and running + waiting <= prompts
+        return others_only and blocks <= max_blocks and also()
+
+    wait_until(is_back, "everything that it held to be back")
+    took = time.monotonic() - left
+    assert took < within, f"it took {took:.2f} s"
+
+
+def wait_until_held(server: ServerProcess, **least: int) -> None:
+    """Wait until there is so much of each at the same time: `num_requests_running=2`."""
+
+    def is_held() -> bool:
+        now = server.gauges(*least)
+        return all(now[name] >= least[name] for name in least)
+
+    wait_until(is_held, f"so much to be held: {least}")

@@ -144,6 +144,13 @@ class ServerProcess:
         assert found, text
         return float(found[1])
 
+    def gauges(self, *names: str) -> dict[str, float]:
+        """Several metrics of one moment, by their names without `mm_engine_`."""
+        text = self.http.get("/metrics").text
+        told = dict(re.findall(r"^mm_engine_(\w+) (\S+)$", text, re.MULTILINE))
+        assert told.keys() >= set(names), text
+        return {name: float(told[name]) for name in names}
+
     @property
     def is_idle(self) -> bool:
         """Whether the engine holds nothing for anybody."""
@@ -153,7 +160,7 @@ class ServerProcess:
             "num_used_blocks",
             "num_requests_in_flight",
         )
-        return not any(self.metric(f"mm_engine_{name}") for name in names)
+        return not any(self.gauges(*names).values())
 
     def terminate(self, seconds: float = 40.0) -> int:
         """Send SIGTERM; returns the exit code."""

@@ -33,6 +33,24 @@ def input_processor(ctx, inputs):
     counts = [count] * len(inputs.multi_modal_data["image"])
     return expand_placeholders(inputs, placeholder_token_id(ctx), counts)
 """
+#: Takes longer for a picture than a client that has left may leave anything behind.
+SLOW_PLUGIN = """
+import time
+from mm_engine.plugins import hookimpl
+from mm_llava.model import LlavaForConditionalGeneration
+from mm_llava.plugin import max_tokens
+
+
+class Slow(LlavaForConditionalGeneration):
+    def embed_images(self, *, pixel_values):
+        time.sleep(1.2)
+        return super().embed_images(pixel_values=pixel_values)
+
+
+@hookimpl
+def model_class(ctx):
+    return Slow
+"""
 
 
 @pytest.fixture
@@ -321,3 +339,28 @@ def test_what_a_kill_must_not_bring_is_seen(
     }
     assert kill9.is_kept(good)
     assert not kill9.is_kept(good | change)
+
+
+def test_leaving_is_timed_in_each_phase_and_a_slow_step_is_found_out(
+    record: Callable[..., Any], tmp_path: Path
+) -> None:
+    plugin = tmp_path / "slow.py"
+    plugin.write_text(SLOW_PLUGIN)
+    status, told = record("leave", "--rounds", "1", "--server-flags", "--plugin", str(plugin))
+    broken = {name for name, one in told["criteria"].items() if not one["kept"]}
+    assert status == 1 and broken == {"encoding"}
+    phases = told["phases"]
+    assert [*phases] == ["queued", "fetching", "encoding", "prefilling", "streaming", "waiting"]
+    assert phases["encoding"]["seconds"]["max"] > 1
+    assert all(phase["num_rounds"] == 1 for phase in phases.values())
+
+
+@pytest.mark.parametrize("broken", [None, "queued", "waiting", "log"])
+def test_what_leaving_must_not_bring_is_seen(
+    part: Callable[[str], Any], broken: str | None
+) -> None:
+    leave = part("open_parts.leave")
+    seconds = {name: {"max": 1.1 if name == broken else 0.9} for name in leave.PHASES}
+    phases = {name: {"seconds": one} for name, one in seconds.items()}
+    judged = leave.verdict({"phases": phases, "num_tracebacks": int(broken == "log")})
+    assert [name for name, one in judged.items() if not one["kept"]] == [broken] * bool(broken)

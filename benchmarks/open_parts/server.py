@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -61,14 +61,16 @@ class Snapshot:
 class Server:
     """A server on a free port of 127.0.0.1: ready inside `with`, ended after it.
 
-    `folder` takes its log, and its temporary files under `tmp`.
+    `folder` takes its log, and its temporary files under `tmp`. `program` is what is called with
+    `serve` and the flags.
 
     Raises:
         StartupError: it doesn't start; the message has the end of what it printed.
     """
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, program: Sequence[str] = (str(ENGINE),)) -> None:
         self.flags = flags
+        self.program = program
         self.log = folder / "log"
         self.tmp = folder / "tmp"
         self.url = ""
@@ -76,7 +78,7 @@ class Server:
 
     def __enter__(self) -> Server:
         self.tmp.mkdir(parents=True)
-        command = [str(ENGINE), "serve", "--port", "0", *self.flags]
+        command = [*self.program, "serve", "--port", "0", *self.flags]
         start = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -174,16 +174,3 @@ def test_each_prompt_of_a_list_counts(strict: ServerProcess) -> None:
         with pytest.raises(RateLimitError):
             client.completions.create(model="first", prompt=["a", "b"], max_tokens=1)
         running.close()
-
-
-def test_a_client_that_leaves_the_queue_frees_its_place(strict: ServerProcess) -> None:
-    with strict.client(KEY) as client:
-        running = long(client)
-        next(iter(running))
-        with pytest.raises(httpx.ReadTimeout):
-            strict.http.post(COMPLETIONS, json={"prompt": "x"}, timeout=0.5)
-        wait_until(lambda: strict.metric("mm_engine_num_requests_in_flight") == 1, "the place")
-        # The server gives the place back; the engine drops what waited at its next step.
-        wait_until(lambda: strict.metric("mm_engine_num_requests_waiting") == 0, "the queue")
-        running.close()
-        wait_until(lambda: strict.is_idle, "everything given back")

@@ -90,6 +90,25 @@ FAULTS = {
         "register_input_mapper",
         "raised Odd.",
     ),
+    71: (
+        "embed_images",
+        "rows[0] = rows[0].to('meta')",  # a device that every machine has beside the CPU
+        "embed_images",
+        "expected device cpu for image 0, got meta",
+    ),
+    72: (
+        "embed_images",
+        "rows[0] = rows[0].double()",
+        "embed_images",
+        "expected dtype float32 for image 0, got float64",
+    ),
+    73: (
+        "embed_images",
+        "rows[0] = rows[0][None]",
+        "embed_images",
+        "expected shape [16, 64] for image 0 (16 placeholder tokens, by input_processor), got "
+        "[1, 16, 64]",
+    ),
     60: ("embed_images", "rows[0] = rows[0][:, 1:]", "embed_images", "got [16, 63]"),
 }
 WIDTHS = {
@@ -239,6 +258,7 @@ def test_a_stream_that_a_plugin_fails_never_begins_with_200(
         "processor-hangs",
         "mapper-interrupts",
         "rows-with-nan",
+        "rows-on-meta",
         "encoder-exits",
         "encoder-interrupts",
         "forward-interrupts",
