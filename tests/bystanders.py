@@ -26,6 +26,8 @@ NEIGHBOUR: dict[str, Any] = {
     "ignore_eos": True,
     "temperature": 0,
 }
+#: A second, where the machine is slow and others use it. A quiet one: benchmarks/results/leave.json
+SECOND = 3.0
 MAX_BLOCKS = 8  # of 16 tokens, that the neighbour takes; between two answers it takes none
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bystanders import MAX_BLOCKS, leaving, undisturbed, wait_until_held
+from bystanders import MAX_BLOCKS, SECOND, leaving, undisturbed, wait_until_held
 from serving import ServerProcess, wait_until
 
 #: Each route that answers, and a body for a long answer; the first has three at once.
@@ -27,7 +27,7 @@ def test_leaving_an_answer_aborts_it(server: ServerProcess, route: str, stream: 
     """Row 27: while it comes, or is waited for."""
     body = {**ROUTES[route], "ignore_eos": True, "stream": stream}
     come = b""
-    with undisturbed(server), leaving(server, route, body, within=1) as connection:
+    with undisturbed(server), leaving(server, route, body, within=SECOND) as connection:
         while stream and b"\ndata: " not in come:
             piece = connection.recv(2**16)
             assert piece, come

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bystanders import asking, leaving, undisturbed, wait_until_held
+from bystanders import SECOND, asking, leaving, undisturbed, wait_until_held
 from checkpoints import make_llava
 from pictures import data_url, encode, quarters
 from serving import ServerProcess, wait_until
@@ -89,7 +89,9 @@ def test_all_is_given_back_within_a_second(
     number = ROUTES.index(route) * 2 + stream
     short = body(route, phase, 10, stream=stream, max_tokens=4)
     assert phases.http.post(route, json=short).status_code == 200
-    seconds = 1 + (0.4 if phase == "encoding" else 0.8)  # with the step; all of its prompt are four
+    seconds = SECOND + (
+        0.4 if phase == "encoding" else 0.8
+    )  # with the step; all of its prompt are four
     with undisturbed(phases, new_rows=True):
         before, asked = told.read_text().count(phase), body(route, phase, number, stream=stream)
         with leaving(phases, route, asked, within=seconds):
@@ -109,6 +111,6 @@ def test_leaving_the_queue_frees_its_place(phases: ServerProcess, route: str, st
         with asking(phases, COMPLETIONS, {**long, "stream": True}) as second:
             assert second.recv(100).startswith(b"HTTP/1.1 200"), "the neighbour has made room"
             wait_until_held(phases, num_requests_waiting=1, **held)
-            with leaving(phases, route, asked, within=1, num_others=3, max_blocks=math.inf):
+            with leaving(phases, route, asked, within=SECOND, num_others=3, max_blocks=math.inf):
                 wait_until_held(phases, num_requests_waiting=2)
             wait_until_held(phases, num_requests_waiting=1, **held)  # none of the others has gone

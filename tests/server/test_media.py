@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bystanders import leaving, undisturbed, wait_until_held
+from bystanders import SECOND, leaving, undisturbed, wait_until_held
 from mm_engine.server import service
 from origins import PICTURE, Origin, drip, redirect, send
 from pictures import data_url
@@ -290,7 +290,7 @@ def test_a_client_that_leaves_ends_the_fetch_of_its_images(
     def is_given_up() -> bool:
         return origin.num_gone > num_gone and fetched(fetching, "cancelled") == before + 1
 
-    with undisturbed(fetching), leaving(fetching, route, body, within=1, also=is_given_up):
+    with undisturbed(fetching), leaving(fetching, route, body, within=SECOND, also=is_given_up):
         wait_until(lambda: len(origin.requests) > num_asked, "the image to be asked for")
         wait_until_held(fetching, num_requests_in_flight=2, num_queued_prompts=2)
 
