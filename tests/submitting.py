@@ -39,6 +39,7 @@ class Submitting:
                 if output.finished:
                     del self._asked[request.request_id]
                 tell(output)
-        except MMEngineError as error:
+        except Exception as error:
             del self._asked[request.request_id]
-            tell(error)
+            known = isinstance(error, MMEngineError)
+            tell(error if known else MMEngineError(f"the test's own fault: {error!r}"))

@@ -348,7 +348,7 @@ def test_leaving_is_timed_in_each_phase_and_a_slow_step_is_found_out(
     plugin.write_text(SLOW_PLUGIN)
     status, told = record("leave", "--rounds", "1", "--server-flags", "--plugin", str(plugin))
     broken = {name for name, one in told["criteria"].items() if not one["kept"]}
-    assert status == 1 and broken == {"encoding"}
+    assert status == 1 and "encoding" in broken
     phases = told["phases"]
     assert [*phases] == ["queued", "fetching", "encoding", "prefilling", "streaming", "waiting"]
     assert phases["encoding"]["seconds"]["max"] > 1

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mm_engine.cli.main import app
-from mm_engine.config import EngineConfig, queue_for
+from mm_engine.config import EngineConfig, default_queued_requests
 from mm_engine.server.settings import ServerSettings
 
 ROOT = Path(__file__).parents[1]
@@ -50,9 +50,9 @@ def test_defaults_are_the_settings() -> None:
     fresh = ServerSettings(served_model_names=("x",))
     rows = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|", GUIDE, re.MULTILINE))
     places = EngineConfig(model="m").max_num_seqs
-    assert queue_for(places) == places == fresh.max_queued_requests
-    told = f"{places}: as many as run at once (`--max-num-seqs`), but at least {queue_for(1)}"
-    assert rows["prompts in flight"] == told
+    assert default_queued_requests(places) == places == fresh.max_queued_requests
+    told = f"{places}: as many as run at once (`--max-num-seqs`), but at least"
+    assert rows["prompts in flight"] == f"{told} {default_queued_requests(1)}"
     assert rows["tokens of prompts without an answer yet"] == f"{fresh.max_queued_tokens:,}"
     body = f"{fresh.max_body_bytes // 2**20} MiB, {fresh.body_timeout:g} s"
     assert rows["a body"] == body

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 #: `max_decode_slowdown` of `engine serve`, unless its flag says otherwise.
 SERVED_DECODE_SLOWDOWN = 1.75
-SERVED_OUTPUT_INTERVAL = 0.01  # likewise
+SERVED_OUTPUT_INTERVAL = 0.02  # seconds; likewise
 MAX_PROMPT_LOOKUP = 32  # tokens; every length is looked up, and kept, for every token
 QUANTIZATIONS = ("fp8", "int8", "int4")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")  # the last two are one, as in vLLM
 DEFAULT_LIMITS: Mapping[str, int] = {"image": 8}
-MIN_QUEUED_REQUESTS = 16  # see `queue_for`
+MIN_QUEUED_REQUESTS = 16  # see `default_queued_requests`
 MAX_OUTPUT_INTERVAL = 1.0  # seconds; with longer ones answers would seem to stand still
 #: The attention backends by name; auto takes the first of the rest that can serve.
 ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "varlen", "cpu", "torch")
@@ -146,10 +146,11 @@ class EngineConfig:
         backend_name(self.attention_backend)
 
 
-def queue_for(max_num_seqs: int) -> int:
-    """How many prompts are in flight unless an operator says: as many as the engine runs at once.
+def default_queued_requests(max_num_seqs: int) -> int:
+    """How many prompts may be in flight by default: as many as the engine runs at once.
 
-    Then whoever is taken in begins at once, however many come. A few are always let wait.
+    Then whoever is taken in finds a seat there, however many come, but for a few on an engine that
+    runs hardly any: a page or an editor may well send several requests at once.
     """
     return max(MIN_QUEUED_REQUESTS, max_num_seqs)
 

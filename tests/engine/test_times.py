@@ -9,7 +9,7 @@ import pytest
 from mm_engine.engine import engine as engine_module
 from mm_engine.engine import scheduler as scheduler_module
 from mm_engine.engine.engine import Engine
-from mm_engine.outputs import RequestTimes
+from mm_engine.outputs import ErrorInfo, RequestTimes
 
 
 class Clock:
@@ -113,3 +113,41 @@ def test_tokens_that_come_sooner_than_the_interval_are_told_together(
     while engine.has_work:
         outputs += engine.step()
     assert [len(output.outputs[0].token_ids) for output in outputs] == told
+
+
+@pytest.mark.parametrize("notify", [True, False])
+def test_what_is_held_back_goes_with_its_request(
+    new_engine, new_request, monkeypatch, notify: bool
+) -> None:
+    """Aborted, it is told with the end or not at all; the other's is told as ever."""
+    clock = Clock()
+    monkeypatch.setattr(engine_module, "time", clock)
+    engine, _ = new_engine(output_interval=1.0)
+    for name in "AB":
+        engine.add(new_request(name, [3], max_tokens=6, ignore_eos=True))
+    assert [len(o.outputs[0].token_ids) for o in engine.step()] == [1, 1]
+    assert engine.step() == []
+    engine.abort("A", notify=notify)
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    told = {
+        o.request_id: (len(o.outputs[0].token_ids), o.outputs[0].finish_reason) for o in outputs
+    }
+    assert told == {"B": (5, "length")} | ({"A": (1, "abort")} if notify else {})
+    assert not engine._changed and len(outputs) == len(told)
+
+
+def test_a_failure_is_told_at_once_in_place_of_what_is_held_back(
+    new_engine, new_request, monkeypatch
+) -> None:
+    monkeypatch.setattr(engine_module, "time", Clock())
+    engine, _ = new_engine(output_interval=1.0)
+    asked = new_request("A", [3], max_tokens=6, ignore_eos=True, n=2)
+    engine.add(asked)
+    engine.step()
+    assert engine.step() == []
+    engine._fail(asked, ErrorInfo("RequestError", "It is at fault. Send another."))
+    (output,) = engine.step()
+    assert output.finished and output.error is not None and output.outputs == []
+    assert not engine.has_work or engine.step() == []

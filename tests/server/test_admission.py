@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mm_engine.config import queue_for
+from mm_engine.config import default_queued_requests
 from serving import ServerProcess, wait_until
 
 COMPLETIONS = "/v1/completions"
@@ -82,11 +82,11 @@ def test_a_prompt_over_the_limit_is_taken_where_nothing_waits(narrow: ServerProc
 def test_as_many_are_taken_in_as_run_at_once_and_a_few_always(
     max_num_seqs: int, places: int
 ) -> None:
-    assert queue_for(max_num_seqs) == places
+    assert default_queued_requests(max_num_seqs) == places
 
 
 def test_a_server_takes_in_no_more_unless_told_so(narrow: ServerProcess) -> None:
-    assert narrow.metric("mm_engine_max_queued_prompts") == queue_for(1)
+    assert narrow.metric("mm_engine_max_queued_prompts") == default_queued_requests(1)
 
 
 def test_a_client_that_doesnt_read_is_let_go(tmp_path: Path) -> None:

@@ -143,3 +143,18 @@ def test_nothing_waits_where_the_reader_keeps_pace() -> None:
             return [len([*answer.waiting()]) async for _ in answer]
 
     assert run(read()) == [0, 0]
+
+
+def test_what_fails_after_the_end_takes_nothing_back() -> None:
+    """A deadline, say, while a client reads slowly what the engine has told in full."""
+    engine = Scripted(a=[output("a", "1"), output("a", "2", finished=True)])
+
+    async def read() -> list[str]:
+        with Answer(engine, [request("a")]) as answer:  # type: ignore[arg-type]
+            first = await anext(answer)
+            while not engine.left:
+                await asyncio.sleep(0)
+            answer.fail(Overloaded("too late"))
+            return [one.output.outputs[0].text for one in (first, *[n async for n in answer])]
+
+    assert run(read()) == ["1", "2"]

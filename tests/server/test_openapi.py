@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -32,7 +33,6 @@ CHECKS = [
     content_type_conformance,
     response_schema_conformance,
 ]
-ENOUGH = 20.0  # seconds for any answer here
 NUM_EXAMPLES = 24  # of each operation that does something, and kind
 SAID = [{"role": "user", "content": "x"}]
 #: What makes a body an answerable one, beside one or two fields that schemathesis makes.
@@ -77,11 +77,10 @@ def test_the_server_keeps_to_its_document(
         assert {200} == statuses["GET /health"]
 
 
-def _checks(case: Any, status: int) -> list[Any]:
-    """All of them; but 504 is as asked for where a body allows itself too little time."""
-    asked = case.body.get("timeout") if isinstance(case.body, dict) else None
-    in_time = isinstance(asked, int | float) and asked < ENOUGH
-    return CHECKS[1:] if status == 504 and in_time else CHECKS
+def is_too_short(body: Any, seconds: float) -> bool:
+    """Whether a body allows itself less time than its answer took."""
+    asked = body.get("timeout") if isinstance(body, dict) else None
+    return isinstance(asked, int | float) and asked <= seconds
 
 
 def _try(short: ServerProcess, operation: Any, mode: GenerationMode, seen: set[int]) -> None:
@@ -102,9 +101,14 @@ def _try(short: ServerProcess, operation: Any, mode: GenerationMode, seen: set[i
             fields = list(case.body.items())
             start = turn % max(1, len(fields))
             case.body = GOOD[operation.path] | dict(fields[start : start + 1 + turn // 2 % 2])
+        begin = time.monotonic()
         response = case.call(base_url=short.url, timeout=60)
+        seconds = time.monotonic() - begin
         seen.add(response.status_code)
-        case.validate_response(response, checks=_checks(case, response.status_code))
+        asked_for = response.status_code == 504 and is_too_short(case.body, seconds)
+        excused = [not_a_server_error] if asked_for else []
+        checks = [check for check in CHECKS if check not in excused]
+        case.validate_response(response, checks=checks)
         assert not [part for part in UNSPEAKABLE[1:] if part in response.text]
 
     try:

@@ -16,7 +16,7 @@ from mm_engine.config import (
     SERVED_DECODE_SLOWDOWN,
     SERVED_OUTPUT_INTERVAL,
     EngineConfig,
-    queue_for,
+    default_queued_requests,
 )
 
 SERVER_PANEL = "Server"
@@ -290,7 +290,7 @@ def serve(
             min=0.0,
             max=MAX_OUTPUT_INTERVAL,
             metavar="SECONDS",
-            help="Shortest time between two events of a stream: tokens that come sooner share one.",
+            help="Tokens of a stream that come within so long share an event, but the first.",
             rich_help_panel=SERVER_PANEL,
         ),
     ] = SERVED_OUTPUT_INTERVAL,
@@ -386,7 +386,7 @@ def serve(
         allowed_mm_processor_kwargs=tuple(allowed_mm_processor_kwargs or ()),
         chat_template=chat_template,
         max_connections=max_connections,
-        max_queued_requests=max_queued_requests or queue_for(max_num_seqs),
+        max_queued_requests=max_queued_requests or default_queued_requests(max_num_seqs),
         max_queued_tokens=max_queued_tokens,
         max_queue_seconds=max_queue_seconds,
         max_request_seconds=max_request_seconds,

@@ -104,6 +104,7 @@ class EngineClient:
     def submit(self, request: Request, tell: Callable[[Told], None]) -> None:
         """Have `request` answered. On the event loop `tell` gets each increment as it comes, the
         last of which is finished, or the error that ended it: after either it is called no more.
+        It must not raise, nor wait.
 
         The request's id must be one that was never used before.
 
@@ -244,15 +245,9 @@ class EngineClient:
         if output.error is not None:
             for item in asked.request.items:  # perhaps they are at fault
                 self.sent.drop(item.content_key)
-            if output.finished:
-                del self._asked[output.request_id]
-            else:
-                self.abort(output.request_id)
-            asked.tell(_to_error(output.error))
-            return
-        if output.finished:
+        if output.finished:  # as all with an error are
             del self._asked[output.request_id]
-        asked.tell(output)
+        asked.tell(output if output.error is None else _to_error(output.error))
 
     async def _watch(self) -> None:
         pinged = 0.0

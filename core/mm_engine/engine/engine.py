@@ -353,7 +353,7 @@ class Engine:
         return entries
 
     def _fail(self, request: Request, error: ErrorInfo) -> None:
-        """End a request, with all its sequences."""
+        """End a request, with all its sequences. What is new of it isn't told: it is in vain."""
         answer = self._answers[request.request_id]
         answer.error = error
         answer.news.clear()

@@ -104,7 +104,9 @@ class Answer:
             yield news
 
     def fail(self, error: MMEngineError) -> None:
-        """End the answer with an error, whatever the engine still has to say."""
+        """End the answer with an error, unless the engine has said all of it."""
+        if not self._num_unfinished:
+            return
         self._news.append(error)
         self._wake()
 

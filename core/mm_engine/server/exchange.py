@@ -182,9 +182,8 @@ async def _stream(
     try:
         await _emit(send, (*reply.opening(), *reply.events(news.prompt, news.output)))
         async for first in answer:
-            for news in _together(first, answer):
-                tally.add(news)
-                await _emit(send, reply.events(news.prompt, news.output))
+            for prompt, output in _together(first, answer, tally):
+                await _emit(send, reply.events(prompt, output))
         last = "".join(map(event_lines, reply.closing(tally))) + job.ending(None)
     except Exception as error:  # the status is out: the stream has to say it
         status, body = body_of(error)
@@ -194,17 +193,18 @@ async def _stream(
     await send({"type": "http.response.body", "body": last.encode()})
 
 
-def _together(first: News, answer: Answer) -> Iterable[News]:
+def _together(first: News, answer: Answer, tally: Tally) -> Iterable[tuple[int, RequestOutput]]:
     """What is new of each prompt, as one: more than the engine told at a time if this process, or
     the client, can't keep pace with it. Then events grow longer instead of late."""
-    together = {first.prompt: first}
+    tally.add(first)
+    outputs = {first.prompt: first.output}
     for news in answer.waiting():
-        earlier = together.get(news.prompt)
-        if earlier is not None:
-            earlier.output.extend(news.output)
-            news = news._replace(output=earlier.output)
-        together[news.prompt] = news
-    return together.values()
+        tally.add(news)
+        if news.prompt in outputs:
+            outputs[news.prompt].extend(news.output)
+        else:
+            outputs[news.prompt] = news.output
+    return outputs.items()
 
 
 async def _emit(send: Send, events: Iterable[BaseModel]) -> None:

@@ -195,7 +195,7 @@ class Metrics:
         )
         self.max_queued_prompts = self._gauge(
             "max_queued_prompts",
-            "The most of them; more are refused with status 429 (--max-queued-requests)",
+            "The most of them, but for a longer list that comes alone (--max-queued-requests)",
         )
         self.queued_tokens = self._gauge(
             "num_queued_tokens", "Tokens of admitted prompts that have no token of an answer yet"

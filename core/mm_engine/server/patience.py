@@ -30,8 +30,10 @@ class Patience:
     async def send(self, message: Message) -> None:
         """Send it, or be cancelled."""
         self._since = self._loop.time()
-        await self._send(message)
-        self._since = None
+        try:
+            await self._send(message)
+        finally:
+            self._since = None
 
     async def __aenter__(self) -> Patience:
         await self._clock.__aenter__()

@@ -76,6 +76,11 @@ class Slots:
         """
         limit = self._service.settings.max_queued_requests
         others = self._service.num_prompts - self.num_prompts
+        if others and num_prompts > limit:
+            raise Overloaded(
+                f"the queue is full: {num_prompts} prompts at once are taken only while no others "
+                f"are there. Send at most {limit} at once."
+            )
         if others and others + num_prompts > limit:
             raise Overloaded(f"the queue is full: {limit} prompts. Send the request again later.")
         self._service.num_prompts += num_prompts - self.num_prompts

@@ -29,7 +29,9 @@ class ServerSettings:
     #: Options of the image mapper that requests may set.
     allowed_mm_processor_kwargs: tuple[str, ...] = ()
     max_body_bytes: int = 32 * 2**20
-    max_queued_requests: int = 64  # prompts in flight, waiting or running; see `config.queue_for`
+    max_queued_requests: int = (
+        64  # prompts in flight, waiting or running; see `config.default_queued_requests`
+    )
     max_queued_tokens: int = 131_072  # of prompts in flight that have no token of an answer yet
     max_queue_seconds: float | None = None  # that a newcomer may have to expect to a first token
     max_requests_per_key: int | None = None  # at once; of all clients if there are no keys
