@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 import forking
+from installing import engine, write_distribution
 from serving import ENGINE, ServerProcess, environment, sse_events, wait_until
 
 LONG = {"prompt": "circle", "ignore_eos": True, "stream": True}
@@ -160,6 +161,20 @@ def test_an_architecture_that_nobody_serves_is_one_sentence(
     (demo_copy / "config.json").write_text(json.dumps(config))
     done = run("serve", str(demo_copy), "--port", "0", tmp=tmp_path)
     check_refusal(done, "NobodyForConditionalGeneration", tmp=tmp_path)
+
+
+def test_two_claimants_are_one_sentence_that_names_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 33: and the flag that chooses."""
+    architecture = "LlavaForConditionalGeneration"
+    site, tmp = tmp_path / "site", tmp_path / "tmp"
+    tmp.mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp))
+    write_distribution(site, "mm-other", "2.0", plugins={architecture: "mm_other"})
+    done = engine("serve", "llava-demo", "--port", "0", path=[site])
+    choice = f"--plugin {architecture}=mm-"
+    check_refusal(done, "mm-llava 0.1.0", "mm-other 2.0", choice, tmp=tmp)
 
 
 def test_sigterm_while_loading_leaves_nothing(tmp_path: Path) -> None:
