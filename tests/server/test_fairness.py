@@ -39,22 +39,30 @@ def test_a_request_of_a_better_priority_overtakes_one_that_runs(
     generated = narrow.metric("mm_engine_generation_tokens_total")
     # The slow one is much longer than what it is read of: all this happens while it runs.
     slow = {"prompt": "a red", "temperature": 0, "ignore_eos": True, "stream": True}
-    slow |= {"max_tokens": 3000, "priority": 5}
+    slow |= {"max_tokens": 3000, "priority": 5, "logprobs": 1}
     with (
         ThreadPoolExecutor(1) as pool,
         narrow.http.stream("POST", "/v1/completions", json=slow) as response,
     ):
         events = sse_events(response.iter_lines())
-        pieces = [json.loads(next(events))["choices"][0]["text"]]
+        text, tokens = "", []
+
+        def read() -> None:
+            nonlocal text
+            choice = json.loads(next(events))["choices"][0]
+            text += choice["text"]
+            tokens.extend(choice["logprobs"]["tokens"])
+
+        read()
         next_in_line = pool.submit(complete, narrow, max_tokens=2, priority=5)
         wait_until(lambda: narrow.metric("mm_engine_num_requests_waiting") == 1, "it waits")
         urgent = complete(narrow, route=route, max_tokens=2, priority=-5)
         assert urgent.status_code == 200
         assert narrow.metric("mm_engine_num_preemptions_total") == before + 1
         generated = narrow.metric("mm_engine_generation_tokens_total") - generated
-        while len(pieces) <= generated or len("".join(pieces)) < len(alone):
-            pieces.append(json.loads(next(events))["choices"][0]["text"])
-        assert "".join(pieces).startswith(alone)
+        while len(tokens) <= generated or len(text) < len(alone):
+            read()
+        assert text.startswith(alone)
         assert not next_in_line.done(), "the slow one went on before it"
         assert narrow.metric("mm_engine_num_requests_waiting") == 1
     assert next_in_line.result().status_code == 200
