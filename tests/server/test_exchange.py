@@ -208,3 +208,22 @@ def test_a_client_that_leaves_aborts_and_has_no_latency(clock: Clock) -> None:
     world = asyncio.run(run())
     assert world.ended == {"abort": 1}
     assert world.summed("e2e_request_latency_seconds") == (0, 0), "it never got a last byte"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_its_place_is_free_before_its_last_bytes_are_sent(clock: Clock, stream: bool) -> None:
+    """Whoever has them may ask again at once, and finds a place where there is but one."""
+
+    async def run() -> list[int]:
+        world = World(clock, ["a", "b", "."], stream=stream)
+        held: list[int] = []
+
+        async def send(message: Any) -> None:
+            held.append(world.service.num_prompts)
+
+        await world.exchange(send)
+        return held
+
+    held = asyncio.run(run())
+    assert held[-1] == 0
+    assert held[:-1] == ([1] * (len(held) - 1) if stream else [0])

@@ -146,9 +146,9 @@ class Exchange(Response):
             with self._service.answering(answer), deadline.ending(answer), answer:
                 async with patience:
                     if job.stream:
-                        await _stream(answer, job, tally, patience.send, notes)
+                        await _stream(answer, job, tally, patience.send, slots, notes)
                     else:
-                        await _whole(answer, job, tally, patience.send)
+                        await _whole(answer, job, tally, patience.send, slots)
         except Exception as error:
             tally.fail(error)
             raise
@@ -156,12 +156,13 @@ class Exchange(Response):
             tally.close("abort")  # what hasn't ended by now: the client has left
 
 
-async def _whole(answer: Answer, job: Job, tally: Tally, send: Send) -> None:
+async def _whole(answer: Answer, job: Job, tally: Tally, send: Send, slots: Slots) -> None:
     outputs = [RequestOutput(request.request_id) for request in job.requests]
     async for news in answer:
         tally.add(news)
         outputs[news.prompt].extend(news.output)
     body = job.reply.whole(outputs, tally).model_dump_json(exclude_unset=True).encode()
+    slots.give_back()
     await send_json(send, body)
 
 
@@ -173,7 +174,7 @@ async def send_json(send: Send, body: bytes) -> None:
 
 
 async def _stream(
-    answer: Answer, job: Job, tally: Tally, send: Send, notes: dict[str, Any]
+    answer: Answer, job: Job, tally: Tally, send: Send, slots: Slots, notes: dict[str, Any]
 ) -> None:
     reply = job.reply
     news = await anext(answer)  # or the error that decides the status
@@ -190,6 +191,7 @@ async def _stream(
         notes["failed"], notes["error"] = status, error
         tally.fail(error)
         last = job.ending(body)
+    slots.give_back()
     await send({"type": "http.response.body", "body": last.encode()})
 
 

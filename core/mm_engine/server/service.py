@@ -43,14 +43,27 @@ RESTART_SECONDS = 5  # after which a client may ask again, while an engine is st
 class Slots:
     """A share of the queue: one for each prompt of a request, given back when it is left.
 
-    And the tokens of its prompts, until the first token of an answer.
+    And the tokens of its prompts, until the first token of an answer. Before the last bytes of an
+    answer are sent, all is to be given back: whoever has them may ask again at once.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, key: bytes | None) -> None:
+        """`key` is the digest of the request's API key; None without one."""
         self._service = service
+        self._key = key
+        self._counts_for_key = False
         self.num_prompts = 0
         self.num_tokens = 0
         self._waits = False
+
+    def count_for_key(self) -> None:
+        """Be one of its key's requests.
+
+        Raises:
+            Overloaded: those are as many as may be.
+        """
+        self._service.keys.begin(self._key)
+        self._counts_for_key = True
 
     def wait(self) -> None:
         """Wait for the first token of an answer.
@@ -113,7 +126,10 @@ class Slots:
         self.num_tokens = 0
 
     def give_back(self) -> None:
-        """Have nothing any more."""
+        """Have nothing any more; a second call does nothing."""
+        if self._counts_for_key:
+            self._service.keys.end(self._key)
+            self._counts_for_key = False
         if self._waits:
             self._service.queue.leave()
             self._waits = False
@@ -159,7 +175,7 @@ class Service:
         path = settings.allowed_local_media_path
         self._media_folder = None if path is None else MediaFolder(path)
         self._expired = False
-        self._keys = KeyLimits(settings.max_requests_per_key, settings.max_requests_per_minute)
+        self.keys = KeyLimits(settings.max_requests_per_key, settings.max_requests_per_minute)
         self._answers: set[Answer] = set()
         self._input_threads = anyio.CapacityLimiter(settings.max_input_threads)
         self._grammars = GrammarCompiler(pipeline.grammars, settings.grammar_timeout)
@@ -236,14 +252,11 @@ class Service:
             EngineDead, Overloaded: it can't be taken.
         """
         self.check_ready()
-        slots, key = Slots(self), current_key.get()
-        slots.take(1)
+        slots = Slots(self, current_key.get())
         try:
-            self._keys.begin(key)
-            try:
-                yield slots
-            finally:
-                self._keys.end(key)
+            slots.take(1)
+            slots.count_for_key()
+            yield slots
         finally:
             slots.give_back()
 

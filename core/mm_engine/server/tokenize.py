@@ -19,7 +19,7 @@ from mm_engine.server.protocol import (
     TextPart,
     TokenId,
 )
-from mm_engine.server.service import Service
+from mm_engine.server.service import Service, Slots
 from mm_engine.server.shape import Items, NotOffered, Shape
 
 MAX_TOKENS = 2**19  # ids of one body
@@ -156,14 +156,15 @@ class Errand(Response):
             MMEngineError: before the response has started.
         """
         service = self._service
-        with service.admit(), service.metrics.in_flight.track_inprogress():
+        with service.admit() as slots, service.metrics.in_flight.track_inprogress():
             body = await read_body(receive, service.settings.body_timeout)
-            if body is None or not await unless_gone(receive, self._answer(body, send)):
+            if body is None or not await unless_gone(receive, self._answer(body, send, slots)):
                 scope.setdefault("mm_engine.notes", {})["status"] = CLIENT_GONE
 
-    async def _answer(self, body: bytes, send: Send) -> None:
+    async def _answer(self, body: bytes, send: Send, slots: Slots) -> None:
         answer = await self._work(self._service, body)
         text = await self._service.in_thread(answer.model_dump_json)
+        slots.give_back()
         await send_json(send, text.encode())
 
 
