@@ -3,7 +3,7 @@
     python benchmarks/open.py soak [--requests 20000] [--json out.json]     # make soak
     python benchmarks/open.py overload [--json out.json]
     python benchmarks/open.py kill9 [--streams 32] [--rounds 3] [--json out.json]
-    python benchmarks/open.py http-cost [--rounds 3] [--json out.json]
+    python benchmarks/open.py http-cost [--rounds 9] [--json out.json]
     python benchmarks/open.py leave [--rounds 20] [--json out.json]
 
 Each starts `engine serve` with the demo on a free port of 127.0.0.1, and asks it over HTTP. The
@@ -145,7 +145,7 @@ def run_kill9(args: argparse.Namespace) -> dict[str, Any]:
 def run_http_cost(args: argparse.Namespace) -> dict[str, Any]:
     """64 streams over HTTP beside `LLM.generate`: what is left of the engine's throughput?"""
     shape = Shape(input_len=args.input_len, output_len=args.output_len)
-    with progress("Measuring", 2 * args.rounds) as tick:
+    with progress("Measuring", 2 * (1 + args.rounds)) as tick:
         figures = http_cost(
             shape,
             num_streams=args.streams,
@@ -163,7 +163,8 @@ def run_http_cost(args: argparse.Namespace) -> dict[str, Any]:
             " · ".join(f"{who} {cores:.2f}" for who, cores in last.items()),
         )
     Console().print(table)
-    print(f"HTTP / offline: {figures['ratio']:.2f}")
+    pairs = ", ".join(f"{ratio:.2f}" for ratio in figures["ratios"])
+    print(f"HTTP / offline: {figures['ratio']:.2f}, the median of {pairs}")
     return figures
 
 
@@ -212,7 +213,7 @@ def main() -> int:
     costing.set_defaults(run=run_http_cost)
     costing.add_argument("--streams", type=int, default=64)
     costing.add_argument("--prompts", type=int, default=512, help="in each round")
-    costing.add_argument("--rounds", type=int, default=3)
+    costing.add_argument("--rounds", type=int, default=9)
     costing.add_argument("--input-len", type=int, default=32, help="tokens")
     costing.add_argument("--output-len", type=int, default=256, help="tokens")
     leaving = questions.add_parser("leave", help=run_leave.__doc__)

@@ -41,71 +41,96 @@ def http_cost(
 ) -> dict[str, Any]:
     """Both ways by turns, in rounds of `num_prompts`; the figures.
 
-    In each round both are started anew, and answer once before it counts.
+    Server and engine stay for all rounds, and who isn't asked does nothing: so the two of a round
+    follow each other at once, and what a machine can do changes less between them than from minute
+    to minute. Which is first changes from round to round. The first round doesn't count.
     """
     workload = Workload(shape, read_pool(MODEL))
-    prompts = [[BEGIN, *workload.text_ids(number)] for number in range(2 * num_prompts)]
-    rounds = [prompts[:num_prompts], prompts[num_prompts:]]
     offline, online = [], []
-    for _ in range(num_rounds):
-        offline.append(_offline(rounds, shape.output_len, num_streams))
-        tick()
-        online.append(_online(rounds, shape.output_len, num_streams, flags))
-        tick()
+    flags = ("--max-num-seqs", str(num_streams), *FLAGS, *flags)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Server(Path(folder), *flags) as server,
+        _Offline(num_streams) as engine,
+    ):
+        for number in range(1 + num_rounds):
+            numbers = range(number * num_prompts, (number + 1) * num_prompts)
+            prompts = [[BEGIN, *workload.text_ids(n)] for n in numbers]
+            first = engine.measure(prompts, shape.output_len) if number % 2 else None
+            tick()
+            online.append(_online(server, prompts, shape.output_len, num_streams))
+            tick()
+            offline.append(first or engine.measure(prompts, shape.output_len))
+    runs = {"offline": offline[1:], "http": online[1:]}
     rates = {
-        name: [run["output_tokens"] / run["seconds"] for run in runs]
-        for name, runs in (("offline", offline), ("http", online))
+        name: [run["output_tokens"] / run["seconds"] for run in found]
+        for name, found in runs.items()
     }
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+    ratios = [http / alone for http, alone in zip(rates["http"], rates["offline"], strict=True)]
+    ratio = statistics.median(ratios)
     return {
-        "flags": [*FLAGS, *flags],
+        "flags": flags,
         "num_streams": num_streams,
         "num_prompts": num_prompts,
         "input_len": shape.input_len,
         "output_len": shape.output_len,
-        "offline": offline,
-        "http": online,
+        **runs,
         "output_tokens_per_second": rates,
-        "ratio": medians["http"] / medians["offline"],
-        "kept": medians["http"] / medians["offline"] >= TARGET,
+        "ratios": ratios,
+        "ratio": ratio,
+        "kept": ratio >= TARGET,
     }
 
 
-def _offline(rounds: list[list[list[int]]], output_len: int, num_streams: int) -> dict[str, Any]:
-    asked = {
-        "model": MODEL,
-        "options": {"kv_cache_memory": KV_CACHE, "max_num_seqs": num_streams},
-        "output_len": output_len,
-        "rounds": rounds,
-    }
-    done = subprocess.run(
-        [sys.executable, str(OFFLINE)],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (measured,) = json.loads(done.stdout.splitlines()[-1])
-    return {**measured, "cores_taken": {"engine": measured["cpu_seconds"] / measured["seconds"]}}
+class _Offline:
+    """`LLM.generate` in a process of its own; ended on leaving."""
+
+    def __init__(self, num_streams: int) -> None:
+        options = {"kv_cache_memory": KV_CACHE, "max_num_seqs": num_streams}
+        self._command = [sys.executable, str(OFFLINE)]
+        self._command.append(json.dumps({"model": MODEL, "options": options}))
+
+    def __enter__(self) -> _Offline:
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, text=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.communicate()
+
+    def measure(self, prompts: list[list[int]], output_len: int) -> dict[str, Any]:
+        """Have it answer these prompts, each with so many tokens.
+
+        Raises:
+            RuntimeError: it has ended.
+        """
+        assert self._process.stdin and self._process.stdout
+        asked = json.dumps({"prompts": prompts, "output_len": output_len})
+        self._process.stdin.write(f"{asked}\n")
+        self._process.stdin.flush()
+        told = self._process.stdout.readline()
+        if not told:
+            raise RuntimeError("the engine beside the server has ended; it said above why.")
+        measured = json.loads(told)
+        cores = measured.pop("cpu_seconds") / measured["seconds"]
+        return {**measured, "cores_taken": {"engine": cores}}
 
 
 def _online(
-    rounds: list[list[list[int]]], output_len: int, num_streams: int, flags: tuple[str, ...]
+    server: Server, prompts: list[list[int]], output_len: int, num_streams: int
 ) -> dict[str, Any]:
-    flags = ("--max-num-seqs", str(num_streams), *FLAGS, *flags)
-    with tempfile.TemporaryDirectory() as folder, Server(Path(folder), *flags) as server:
-        for prompts in rounds:
-            bodies = [_body(ids, output_len) for ids in prompts]
-            before, own = server.cpu_seconds(), own_cpu()
-            begin = time.perf_counter()
-            answers = asyncio.run(_ask_all(httpx.URL(server.url), bodies, num_streams))
-            seconds = time.perf_counter() - begin
-            own = own_cpu() - own
-            cpu = {name: now - before[name] for name, now in server.cpu_seconds().items()}
+    bodies = [_body(ids, output_len) for ids in prompts]
+    before, own = server.cpu_seconds(), own_cpu()
+    begin = time.perf_counter()
+    answers = asyncio.run(_ask_all(httpx.URL(server.url), bodies, num_streams))
+    seconds = time.perf_counter() - begin
+    own = own_cpu() - own
+    taken = {name: now - before[name] for name, now in server.cpu_seconds().items()}
     failures = [answer.failure for answer in answers if answer.failure is not None]
     if failures:
         raise RuntimeError(f"the server failed {len(failures)} requests: {failures[0].message}")
-    taken = {**cpu, "load generator": own}
+    taken["load generator"] = own
     return {
         "seconds": seconds,
         "output_tokens": sum(answer.output_tokens for answer in answers),

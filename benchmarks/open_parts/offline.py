@@ -1,6 +1,8 @@
-"""`LLM.generate` in a process of its own: `python offline.py`, with a JSON object as its input.
+"""`LLM.generate` in a process of its own: `python offline.py '{"model": …, "options": {…}}'`.
 
-Prints, as JSON, the seconds that each round took and the processor time of all its threads.
+Each line of its input is a JSON object with prompts (lists of token ids) and how many tokens each
+answer has. For each it prints one: the seconds that the answers took, the processor time of all
+its threads meanwhile, and how many tokens there were. It ends with its input.
 """
 
 from __future__ import annotations
@@ -13,25 +15,26 @@ from mm_engine import LLM, SamplingParams
 
 
 def main() -> None:
-    """Answer all prompts in each round, after a first that isn't counted."""
-    asked = json.load(sys.stdin)
+    """Answer until there is no more to answer."""
+    asked = json.loads(sys.argv[1])
     llm = LLM(asked["model"], progress=False, **asked["options"])
-    params = SamplingParams(
-        temperature=0.0,
-        max_tokens=asked["output_len"],
-        ignore_eos=True,
-        skip_special_tokens=False,
-    )
-    rounds = []
-    for prompts in asked["rounds"]:
-        begin, cpu = time.perf_counter(), time.process_time()
-        outputs = llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False
+    for line in sys.stdin:
+        asked = json.loads(line)
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=asked["output_len"],
+            ignore_eos=True,
+            skip_special_tokens=False,
         )
-        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
-        num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        rounds.append({"seconds": seconds, "cpu_seconds": cpu, "output_tokens": num_tokens})
-    print(json.dumps(rounds[1:]))
+        prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
+        begin, cpu = time.perf_counter(), time.process_time()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        measured = {
+            "seconds": time.perf_counter() - begin,
+            "cpu_seconds": time.process_time() - cpu,
+            "output_tokens": sum(len(output.outputs[0].token_ids) for output in outputs),
+        }
+        print(json.dumps(measured), flush=True)
 
 
 if __name__ == "__main__":

@@ -125,10 +125,12 @@ def test_the_process_and_the_build_are_told(server: ServerProcess) -> None:
 
 def test_every_metric_says_what_it_is_and_in_which_unit(server: ServerProcess) -> None:
     families = list(text_string_to_metric_families(server.http.get("/metrics").text))
-    assert len(families) > 40
+    names = [family.name for family in families]
+    assert len(names) > 40
+    assert [name for name in names if names.count(name) > 1] == []
     assert [family.name for family in families if not family.documentation.strip()] == []
     prefixes = ("mm_engine_", "process_")
-    assert [f.name for f in families if not f.name.startswith(prefixes)] == []
+    assert [name for name in names if not name.startswith(prefixes)] == []
 
 
 def test_histograms_are_named_by_their_unit() -> None:

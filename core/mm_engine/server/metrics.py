@@ -254,7 +254,6 @@ class Metrics:
         )
         for outcome in OUTCOMES:
             self._fetches.labels(outcome)
-        ProcessCollector(registry=self.registry)  # of the server's process; Linux alone tells
         self._fetch_seconds = self._histogram(
             "media_fetch_seconds", "From the start of an image's fetch to its end, however it ended"
         )
