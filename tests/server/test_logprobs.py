@@ -15,23 +15,23 @@ def output(*places: dict[int, Logprob]) -> CompletionOutput:
 def test_minus_infinity_is_a_number() -> None:
     place = {7: Logprob(-math.inf, 9, "x"), 8: Logprob(-0.1, 1, "y")}
     chat = chat_logprobs(output(place), 1)
-    assert chat and chat.content[0].logprob == MIN_LOGPROB
-    assert [top.token for top in chat.content[0].top_logprobs] == ["y"]
+    assert chat and chat["content"][0]["logprob"] == MIN_LOGPROB
+    assert [top["token"] for top in chat["content"][0]["top_logprobs"]] == ["y"]
     completion = completion_logprobs(output(place), 1, 0)
-    assert completion and completion.top_logprobs == [{"y": -0.1, "x": MIN_LOGPROB}]
+    assert completion and completion["top_logprobs"] == [{"y": -0.1, "x": MIN_LOGPROB}]
 
 
 def test_of_two_tokens_with_one_text_the_likelier_is_reported() -> None:
     place = {7: Logprob(-2.0, 2, "�"), 8: Logprob(-0.1, 1, "�"), 9: Logprob(-3.0, 3, "z")}
     completion = completion_logprobs(output(place), 3, 0)
-    assert completion and completion.top_logprobs == [{"�": -0.1, "z": -3.0}]
-    assert completion.token_logprobs == [-2.0]
+    assert completion and completion["top_logprobs"] == [{"�": -0.1, "z": -3.0}]
+    assert completion["token_logprobs"] == [-2.0]
 
 
 def test_offsets_go_on_from_where_the_text_was() -> None:
     places = ({1: Logprob(-1, 1, "ab")}, {2: Logprob(-1, 1, "")}, {3: Logprob(-1, 1, "cde")})
     completion = completion_logprobs(output(*places), 0, 10)
-    assert completion and completion.text_offset == [10, 12, 12]
+    assert completion and completion["text_offset"] == [10, 12, 12]
 
 
 def test_none_stays_none() -> None:

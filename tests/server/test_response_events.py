@@ -22,9 +22,9 @@ def reply() -> ResponseReply:
     return ResponseReply("demo", asked, asked.sampling_params())
 
 
-def last(lines: str) -> tuple[str, dict[str, Any]]:
+def last(lines: bytes) -> tuple[str, dict[str, Any]]:
     """Name and data of the one event."""
-    name, data, *rest = lines.split("\n")
+    name, data, *rest = lines.decode().split("\n")
     assert rest == ["", ""]
     return name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
@@ -38,7 +38,8 @@ def test_a_response_that_was_told_of_fails(error: MMEngineError, code: str) -> N
     events = [last(event_lines(event)) for event in told.opening()]
     assert events[0][0] == events[0][1]["type"] == "response.created"
     output = RequestOutput("x", [CompletionOutput(0, "a", [5])])
-    assert [event.type for event in told.events(0, output)] == ["response.output_text.delta"]
+    (delta,) = told.events(0, output)
+    assert last(event_lines(delta))[0] == delta["type"] == "response.output_text.delta"
     name, data = last(told.ending(body_of(error)[1]))
     assert name == data["type"] == "response.failed"
     event = ResponseFailedEvent.model_validate(data)
@@ -57,4 +58,4 @@ def test_an_error_before_that_is_an_event_of_its_own() -> None:
 
 
 def test_a_whole_one_ends_with_nothing_more() -> None:
-    assert reply().ending(None) == ""
+    assert reply().ending(None) == b""

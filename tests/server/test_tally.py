@@ -130,7 +130,7 @@ def test_tokens_that_are_told_together_share_the_time(
         clock.now += pause
         counting.add(news(0, reason=reason, num_tokens=num_tokens))
     num_tokens = num_first + 7
-    assert counting.usage.completion_tokens == num_tokens
+    assert counting.usage["completion_tokens"] == num_tokens
     assert summed(metrics, "time_to_first_token_seconds") == (1, 1)
     assert summed(metrics, "inter_token_latency_seconds") == (num_tokens - 1, 14)
     name = "mm_engine_inter_token_latency_seconds_bucket"

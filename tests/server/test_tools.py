@@ -219,10 +219,10 @@ def pushed(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
         news = reader.push(piece, last=i == len(pieces) - 1)
         text += news.text
         for call in news.calls:
-            name, arguments = calls.get(call.index, ("", ""))
-            calls[call.index] = (
-                name + (call.function.name or ""),
-                arguments + call.function.arguments,
+            name, arguments = calls.get(call["index"], ("", ""))
+            calls[call["index"]] = (
+                name + call["function"].get("name", ""),
+                arguments + call["function"]["arguments"],
             )
     return text, [calls[index] for index in sorted(calls)]
 

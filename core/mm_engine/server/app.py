@@ -234,9 +234,7 @@ async def _stats(service: Service) -> EngineStats | None:
         return None
 
 
-def _described(
-    request: type[BaseModel], response: type[BaseModel], *, streams: bool = True
-) -> dict[str, Any]:
+def _described(request: type[BaseModel], response: type, *, streams: bool = True) -> dict[str, Any]:
     """How OpenAPI describes a route whose body is read by the route itself."""
     schema = {"$ref": _REFERENCE.format(model=request.__name__)}
     return {

@@ -167,7 +167,7 @@ class ChatReply:
             if told.text or told.calls or logprobs is not None:
                 delta = ChatDelta(content=told.text) if told.text or not told.calls else ChatDelta()
                 if told.calls:
-                    delta.tool_calls = told.calls
+                    delta["tool_calls"] = told.calls
                 yield self._chunk(
                     ChatChunkChoice(
                         index=new.index, delta=delta, logprobs=logprobs, finish_reason=None
@@ -188,7 +188,7 @@ class ChatReply:
         """The usage, if it was asked for."""
         if self._include_usage:
             chunk = self._chunk()
-            chunk.usage = tally.usage
+            chunk["usage"] = tally.usage
             yield chunk
 
     def whole(self, outputs: list[RequestOutput], tally: Tally) -> ChatCompletion:
@@ -222,12 +222,11 @@ class ChatReply:
         told = self._read(done)
         calls: list[MessageToolCall] = []
         for new in told.calls:
-            if new.id is not None:
-                calls.append(
-                    MessageToolCall(id=new.id, type="function", function=new.function.model_copy())
-                )
+            if "id" in new:
+                function = new["function"].copy()
+                calls.append(MessageToolCall(id=new["id"], type="function", function=function))
             else:
-                calls[-1].function.arguments += new.function.arguments
+                calls[-1]["function"]["arguments"] += new["function"]["arguments"]
         if not calls:
             return ChatMessage(role="assistant", content=told.text)
         return ChatMessage(role="assistant", content=told.text or None, tool_calls=calls)
@@ -250,5 +249,5 @@ class ChatReply:
             choices=list(choices),
         )
         if self._include_usage:
-            chunk.usage = None  # OpenAI's chunks carry a null before the last
+            chunk["usage"] = None  # OpenAI's chunks carry a null before the last
         return chunk

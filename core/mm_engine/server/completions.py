@@ -98,14 +98,15 @@ class CompletionReply:
         """New text of each choice, with the reason why it ended if it has."""
         for new in output.outputs:
             choice = self._choice(prompt, new)
-            if choice.text or choice.logprobs is not None or choice.finish_reason is not None:
+            ended = choice["finish_reason"] is not None
+            if choice["text"] or choice["logprobs"] is not None or ended:
                 yield self._completion([choice])
 
     def closing(self, tally: Tally) -> Iterator[Completion]:
         """The usage, if it was asked for."""
         if self.include_usage:
             completion = self._completion([])
-            completion.usage = tally.usage
+            completion["usage"] = tally.usage
             yield completion
 
     def whole(self, outputs: list[RequestOutput], tally: Tally) -> Completion:
@@ -113,7 +114,7 @@ class CompletionReply:
         completion = self._completion(
             [self._choice(p, done) for p, output in enumerate(outputs) for done in output.outputs]
         )
-        completion.usage = tally.usage
+        completion["usage"] = tally.usage
         return completion
 
     def _choice(self, prompt: int, new: CompletionOutput) -> CompletionChoice:
@@ -124,7 +125,7 @@ class CompletionReply:
         offset = self._offsets.get(index, 0)
         logprobs = completion_logprobs(new, self.num_top, offset)
         if logprobs is not None:
-            offset += sum(map(len, logprobs.tokens))
+            offset += sum(map(len, logprobs["tokens"]))
         self._offsets[index] = offset
         return CompletionChoice(
             index=index,
@@ -143,5 +144,5 @@ class CompletionReply:
             choices=choices,
         )
         if self.include_usage:
-            completion.usage = None
+            completion["usage"] = None
         return completion

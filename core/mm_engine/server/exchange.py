@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import Response
-from pydantic import BaseModel
+from pydantic import TypeAdapter
 from starlette.types import Receive, Scope, Send
 
 from mm_engine.errors import RequestError
@@ -37,31 +37,29 @@ _EVENT_STREAM = [
 ]
 
 
+_JSON: TypeAdapter[Any] = TypeAdapter(Any)
+Body = Mapping[str, object]  # what JSON says of an answer, or of a part of it
+
+
 class Reply(Protocol):
     """How an endpoint tells an answer: as events, or whole."""
 
-    def opening(self) -> Iterable[BaseModel]:
+    def opening(self) -> Iterable[Body]:
         """Events before the first output."""
 
-    def events(self, prompt: int, output: RequestOutput) -> Iterable[BaseModel]:
+    def events(self, prompt: int, output: RequestOutput) -> Iterable[Body]:
         """Events that tell what is new for the prompt of this index."""
 
-    def closing(self, tally: Tally) -> Iterable[BaseModel]:
+    def closing(self, tally: Tally) -> Iterable[Body]:
         """Events after the last output."""
 
-    def whole(self, outputs: list[RequestOutput], tally: Tally) -> BaseModel:
+    def whole(self, outputs: list[RequestOutput], tally: Tally) -> Body:
         """The body of an answer that isn't streamed; one output for each prompt."""
 
 
-class NamedEvent(BaseModel):
-    """An event of a stream whose lines carry its type, too: `event: <type>`."""
-
-    type: str
-
-
-def done_or_error(error: dict[str, Any] | None) -> str:
+def done_or_error(error: dict[str, Any] | None) -> bytes:
     """How a stream ends: with OpenAI's mark, or with the body of the error that cut it off."""
-    return "data: [DONE]\n\n" if error is None else f"data: {json.dumps(error)}\n\n"
+    return b"data: [DONE]\n\n" if error is None else b"data: %b\n\n" % json.dumps(error).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ class Job:
     stream: bool
     timeout: float | None = None  # seconds from the request's arrival, as its body asks
     #: The last lines of a stream, behind all of the reply's events; given an error, they tell it.
-    ending: Callable[[dict[str, Any] | None], str] = done_or_error
+    ending: Callable[[dict[str, Any] | None], bytes] = done_or_error
 
 
 Endpoint = Callable[[Service, bytes, Slots], Awaitable[Job]]
@@ -161,7 +159,7 @@ async def _whole(answer: Answer, job: Job, tally: Tally, send: Send, slots: Slot
     async for news in answer:
         tally.add(news)
         outputs[news.prompt].extend(news.output)
-    body = job.reply.whole(outputs, tally).model_dump_json(exclude_unset=True).encode()
+    body = _json(job.reply.whole(outputs, tally))
     slots.give_back()
     await send_json(send, body)
 
@@ -185,14 +183,14 @@ async def _stream(
         async for first in answer:
             for prompt, output in _together(first, answer, tally):
                 await _emit(send, reply.events(prompt, output))
-        last = "".join(map(event_lines, reply.closing(tally))) + job.ending(None)
+        last = b"".join(map(event_lines, reply.closing(tally))) + job.ending(None)
     except Exception as error:  # the status is out: the stream has to say it
         status, body = body_of(error)
         notes["failed"], notes["error"] = status, error
         tally.fail(error)
         last = job.ending(body)
     slots.give_back()
-    await send({"type": "http.response.body", "body": last.encode()})
+    await send({"type": "http.response.body", "body": last})
 
 
 def _together(first: News, answer: Answer, tally: Tally) -> Iterable[tuple[int, RequestOutput]]:
@@ -209,16 +207,21 @@ def _together(first: News, answer: Answer, tally: Tally) -> Iterable[tuple[int, 
     return outputs.items()
 
 
-async def _emit(send: Send, events: Iterable[BaseModel]) -> None:
-    body = "".join(map(event_lines, events)).encode()
+async def _emit(send: Send, events: Iterable[Body]) -> None:
+    body = b"".join(map(event_lines, events))
     if body:
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-def event_lines(event: BaseModel) -> str:
-    """An event as server-sent events write it."""
-    name = f"event: {event.type}\n" if isinstance(event, NamedEvent) else ""
-    return f"{name}data: {event.model_dump_json(exclude_unset=True)}\n\n"
+def event_lines(event: Body) -> bytes:
+    """An event as server-sent events write it. If it has a type, that is its name."""
+    kind = event.get("type")
+    name = b"" if kind is None else b"event: %b\n" % str(kind).encode()
+    return b"%bdata: %b\n\n" % (name, _json(event))
+
+
+def _json(body: Body) -> bytes:
+    return _JSON.dump_json(body, exclude_unset=True)  # of models in it
 
 
 async def read_body(receive: Receive, timeout: float) -> bytes | None:

@@ -21,7 +21,7 @@ def chat_logprobs(output: CompletionOutput, num_top: int) -> ChatLogprobs | None
     for token_id, entries in zip(output.token_ids, output.logprobs, strict=True):
         chosen = _top(entries[token_id])
         top = [_top(entry) for entry in likeliest(entries, num_top)]
-        content.append(TokenLogprob(**chosen.model_dump(), top_logprobs=top))
+        content.append(TokenLogprob(**chosen, top_logprobs=top))
     return ChatLogprobs(content=content)
 
 
@@ -41,10 +41,10 @@ def completion_logprobs(
         top: dict[str, float] = {}
         for entry in (*likeliest(entries, num_top), chosen):  # of equal texts, the likeliest stays
             top.setdefault(entry.decoded_token or "", _finite(entry))
-        shape.tokens.append(text)
-        shape.token_logprobs.append(_finite(chosen))
-        shape.top_logprobs.append(top)
-        shape.text_offset.append(text_offset)
+        shape["tokens"].append(text)
+        shape["token_logprobs"].append(_finite(chosen))
+        shape["top_logprobs"].append(top)
+        shape["text_offset"].append(text_offset)
         text_offset += len(text)
     return shape
 

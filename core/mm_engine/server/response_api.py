@@ -25,6 +25,7 @@ from mm_engine.server.response_objects import (
     OutputMessage,
     OutputTextPart,
     OutputTokensDetails,
+    PartEvent,
     Reasoning,
     ResponseError,
     ResponseObject,
@@ -120,8 +121,8 @@ class ResponseReply:
         part = self._part(done)
         yield TextDoneEvent(
             type="response.output_text.done",
-            text=part.text,
-            logprobs=part.logprobs,
+            text=part["text"],
+            logprobs=part["logprobs"],
             **self._place(),
         )
         yield ContentPartEvent(type="response.content_part.done", part=part, **self._place())
@@ -130,14 +131,14 @@ class ResponseReply:
             type="response.output_item.done",
             sequence_number=next(self._numbers),
             output_index=0,
-            item=response.output[0],
+            item=response["output"][0],
         )
-        yield self._lifecycle(f"response.{response.status}", response)
+        yield self._lifecycle(f"response.{response['status']}", response)
 
-    def ending(self, error: dict[str, Any] | None) -> str:
+    def ending(self, error: dict[str, Any] | None) -> bytes:
         """Nothing behind a whole answer; else the event that tells why it isn't."""
         if error is None:
-            return ""
+            return b""
         detail = error["error"]
         if not self._told:
             return event_lines(
@@ -151,7 +152,7 @@ class ResponseReply:
             )
         response = self._response("failed")
         ours = detail["type"] != RequestError.kind
-        response.error = ResponseError(
+        response["error"] = ResponseError(
             code="server_error" if ours else "invalid_prompt", message=detail["message"]
         )
         return event_lines(self._lifecycle("response.failed", response))
@@ -163,13 +164,13 @@ class ResponseReply:
     def _whole(self, done: CompletionOutput, tally: Tally) -> ResponseObject:
         if done.finish_reason == "length":
             response = self._response("incomplete")
-            response.incomplete_details = IncompleteDetails(reason="max_output_tokens")
-            response.output = [self._message("incomplete", self._part(done))]
+            response["incomplete_details"] = IncompleteDetails(reason="max_output_tokens")
+            response["output"] = [self._message("incomplete", self._part(done))]
         else:
             response = self._response("completed")
-            response.completed_at = int(time.time())
-            response.output = [self._message("completed", self._part(done))]
-        response.usage = _usage(tally.usage)
+            response["completed_at"] = int(time.time())
+            response["output"] = [self._message("completed", self._part(done))]
+        response["usage"] = _usage(tally.usage)
         return response
 
     def _response(self, status: Status) -> ResponseObject:
@@ -225,28 +226,26 @@ class ResponseReply:
 
     def _logprobs(self, output: CompletionOutput) -> list[TokenLogprob]:
         logprobs = chat_logprobs(output, self._params.logprobs or 0)
-        return [] if logprobs is None else logprobs.content
+        return [] if logprobs is None else logprobs["content"]
 
-    def _place(self) -> dict[str, Any]:
-        return {
-            "sequence_number": next(self._numbers),
-            "item_id": self._item_id,
-            "output_index": 0,
-            "content_index": 0,
-        }
+    def _place(self) -> PartEvent:
+        return PartEvent(
+            sequence_number=next(self._numbers),
+            item_id=self._item_id,
+            output_index=0,
+            content_index=0,
+        )
 
     def _lifecycle(self, kind: Any, response: ResponseObject) -> LifecycleEvent:
         return LifecycleEvent(type=kind, sequence_number=next(self._numbers), response=response)
 
 
 def _usage(usage: Usage) -> ResponseUsage:
-    details = usage.prompt_tokens_details
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
     return ResponseUsage(
-        input_tokens=usage.prompt_tokens,
-        input_tokens_details=InputTokensDetails(
-            cached_tokens=details.cached_tokens if details else 0, cache_write_tokens=0
-        ),
-        output_tokens=usage.completion_tokens,
+        input_tokens=usage["prompt_tokens"],
+        input_tokens_details=InputTokensDetails(cached_tokens=cached, cache_write_tokens=0),
+        output_tokens=usage["completion_tokens"],
         output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
-        total_tokens=usage.total_tokens,
+        total_tokens=usage["total_tokens"],
     )

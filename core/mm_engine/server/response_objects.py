@@ -1,23 +1,22 @@
 """What `POST /v1/responses` answers: the response object and the events of its stream.
 
-As in `responses.py`, fields without a default are always sent. Those that can only have one value
+As in `responses.py`, these are plain dicts. Fields that can only have one value
 on a server without tools, reasoning and storage have that value for a type.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NotRequired
 
-from pydantic import BaseModel
+from typing_extensions import TypedDict
 
-from mm_engine.server.exchange import NamedEvent
 from mm_engine.server.response_protocol import OutputFormat
 from mm_engine.server.responses import TokenLogprob
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
-class OutputTextPart(BaseModel):
+class OutputTextPart(TypedDict):
     """The answer's text; log-probabilities are there if `include` asked for them."""
 
     type: Literal["output_text"]
@@ -26,7 +25,7 @@ class OutputTextPart(BaseModel):
     logprobs: list[TokenLogprob]
 
 
-class OutputMessage(BaseModel):
+class OutputMessage(TypedDict):
     """The assistant's turn."""
 
     type: Literal["message"]
@@ -36,20 +35,20 @@ class OutputMessage(BaseModel):
     content: list[OutputTextPart]
 
 
-class InputTokensDetails(BaseModel):
+class InputTokensDetails(TypedDict):
     """Where the prompt's tokens came from; what is written to a cache isn't counted."""
 
     cached_tokens: int
     cache_write_tokens: int
 
 
-class OutputTokensDetails(BaseModel):
+class OutputTokensDetails(TypedDict):
     """What the answer's tokens were for."""
 
     reasoning_tokens: int
 
 
-class ResponseUsage(BaseModel):
+class ResponseUsage(TypedDict):
     """Tokens that a request took; placeholders of images count as expanded."""
 
     input_tokens: int
@@ -59,40 +58,40 @@ class ResponseUsage(BaseModel):
     total_tokens: int
 
 
-class IncompleteDetails(BaseModel):
+class IncompleteDetails(TypedDict):
     """Why an answer isn't whole."""
 
     reason: Literal["max_output_tokens"]
 
 
-class ResponseError(BaseModel):
+class ResponseError(TypedDict):
     """Why there is no answer: told in a stream only, whose status is out already."""
 
     code: Literal["server_error", "invalid_prompt"]
     message: str
 
 
-class Reasoning(BaseModel):
+class Reasoning(TypedDict):
     """How much is thought in advance: nothing."""
 
     effort: None
     summary: None
 
 
-class TextConfigEcho(BaseModel):
+class TextConfigEcho(TypedDict):
     """How the text is."""
 
     format: OutputFormat
     verbosity: Literal["medium"]
 
 
-class ResponseObject(BaseModel):
+class ResponseObject(TypedDict):
     """The answer to `POST /v1/responses`, with what was asked."""
 
     id: str
     object: Literal["response"]
     created_at: int
-    completed_at: int | None = None
+    completed_at: NotRequired[int]
     status: Status
     background: Literal[False]
     error: ResponseError | None
@@ -121,7 +120,7 @@ class ResponseObject(BaseModel):
     user: str | None
 
 
-class Numbered(NamedEvent):
+class Numbered(TypedDict):
     """An event of a stream; numbers count from 0."""
 
     sequence_number: int

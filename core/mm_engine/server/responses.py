@@ -1,31 +1,33 @@
 """The bodies that clients get, as OpenAI spells them, with vLLM's `stop_reason`.
 
-Fields without a default are always sent; those with one only where they were set.
+Answers are plain dicts: a stream makes thousands a second, and what we say ourselves needs no
+validation. Keys that are `NotRequired` are left out where there is nothing to say.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NotRequired
 
 from pydantic import BaseModel
+from typing_extensions import TypedDict  # pydantic reads no others before 3.12
 
 
-class PromptTokensDetails(BaseModel):
+class PromptTokensDetails(TypedDict):
     """What is known of the prompt's tokens."""
 
     cached_tokens: int
 
 
-class Usage(BaseModel):
+class Usage(TypedDict):
     """Tokens that a request took; placeholders of images count as expanded."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails | None = None
+    prompt_tokens_details: PromptTokensDetails
 
 
-class TopLogprob(BaseModel):
+class TopLogprob(TypedDict):
     """One of the likeliest tokens at a place."""
 
     token: str
@@ -39,13 +41,13 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(BaseModel):
+class ChatLogprobs(TypedDict):
     """Log-probabilities of a chat completion's tokens."""
 
     content: list[TokenLogprob]
 
 
-class CompletionLogprobs(BaseModel):
+class CompletionLogprobs(TypedDict):
     """Log-probabilities of a completion's tokens; `text_offset` is in characters."""
 
     tokens: list[str]
@@ -54,14 +56,14 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
-class ToolCallFunction(BaseModel):
+class ToolCallFunction(TypedDict):
     """The function that is called, or what is new of its arguments: JSON, as text."""
 
-    name: str | None = None
+    name: NotRequired[str]
     arguments: str
 
 
-class MessageToolCall(BaseModel):
+class MessageToolCall(TypedDict):
     """A call of a tool."""
 
     id: str
@@ -69,24 +71,24 @@ class MessageToolCall(BaseModel):
     function: ToolCallFunction
 
 
-class ToolCallDelta(BaseModel):
+class ToolCallDelta(TypedDict):
     """What is new of a call; `index` says of which. The first has its id and name."""
 
     index: int
-    id: str | None = None
-    type: Literal["function"] | None = None
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
     function: ToolCallFunction
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(TypedDict):
     """The assistant's turn. Without text, because it calls tools, its content is null."""
 
     role: Literal["assistant"]
     content: str | None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: NotRequired[list[MessageToolCall]]
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(TypedDict):
     """One of the n answers."""
 
     index: int
@@ -96,7 +98,7 @@ class ChatChoice(BaseModel):
     stop_reason: int | str | None
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(TypedDict):
     """The answer to `POST /v1/chat/completions`."""
 
     id: str
@@ -107,25 +109,25 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
-class ChatDelta(BaseModel):
+class ChatDelta(TypedDict):
     """What is new of the assistant's turn."""
 
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    tool_calls: list[ToolCallDelta] | None = None
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
-class ChatChunkChoice(BaseModel):
+class ChatChunkChoice(TypedDict):
     """What is new of one of the n answers."""
 
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: str | None
-    stop_reason: int | str | None = None
+    stop_reason: NotRequired[int | str | None]
 
 
-class ChatCompletionChunk(BaseModel):
+class ChatCompletionChunk(TypedDict):
     """One event of a streamed chat completion."""
 
     id: str
@@ -133,10 +135,10 @@ class ChatCompletionChunk(BaseModel):
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
+    usage: NotRequired[Usage | None]
 
 
-class CompletionChoice(BaseModel):
+class CompletionChoice(TypedDict):
     """One completion, or what is new of it; prompts × n of them, those of a prompt together."""
 
     index: int
@@ -146,7 +148,7 @@ class CompletionChoice(BaseModel):
     stop_reason: int | str | None
 
 
-class Completion(BaseModel):
+class Completion(TypedDict):
     """The answer to `POST /v1/completions`, or one event of it."""
 
     id: str
@@ -154,7 +156,7 @@ class Completion(BaseModel):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None = None
+    usage: NotRequired[Usage | None]
 
 
 class ModelCard(BaseModel):

@@ -146,12 +146,11 @@ class Tally:
             self.first_token_seconds = came - self._arrived
             self._metrics.first_token_seconds.observe(self.first_token_seconds)
         if completion.num_tokens:  # those that are told together share the time since the last
-            for _ in range(num_tokens):
-                self._metrics.token_seconds.observe((came - completion.last_token) / num_tokens)
+            seconds = (came - completion.last_token) / num_tokens
+            self._metrics.token_seconds.observe(seconds, num_tokens)
         else:
             completion.first_token = came
-            for _ in range(num_tokens - 1):
-                self._metrics.token_seconds.observe(0.0)
+            self._metrics.token_seconds.observe(0.0, num_tokens - 1)
         completion.last_token = came
         completion.num_tokens += num_tokens
 
