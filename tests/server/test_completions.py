@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from mm_engine.outputs import CompletionOutput, RequestOutput
+from mm_engine.server.completions import CompletionReply
+
 ASK: dict[str, Any] = {"model": "demo", "temperature": 0, "max_tokens": 8}
 LONG = {**ASK, "extra_body": {"ignore_eos": True}}
 TEXT = "How many objects are there?"
@@ -95,3 +98,11 @@ def test_usage_comes_at_the_end_of_a_stream_if_asked(client: OpenAI) -> None:
     )
     assert chunks[-1].choices == []
     assert chunks[-1].usage and chunks[-1].usage.completion_tokens == 16
+
+
+def test_an_echo_doesnt_wait_for_text() -> None:
+    """The first tokens may make no character yet."""
+    reply = CompletionReply(model="m", include_usage=False, num_choices=1, num_top=0, echoes=["a"])
+    news = [CompletionOutput(0, "", [7]), CompletionOutput(0, "", [8]), CompletionOutput(0, "b")]
+    events = [list(reply.events(0, RequestOutput("x", [new]))) for new in news]
+    assert [[e["choices"][0]["text"] for e in told] for told in events] == [["a"], [], ["b"]]

@@ -12,10 +12,10 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from mm_engine.config import EngineConfig
-from mm_engine.errors import RequestError, StartupError
+from mm_engine.errors import EngineDead, PluginError, RequestError, StartupError
 from mm_engine.inputs.pipeline import InputPipeline
 from mm_engine.plugins.discovery import demos
-from mm_engine.server.mapper_options import check_allowed, check_options
+from mm_engine.server.mapper_options import blame, check_allowed, check_options
 from mm_engine.worker.loader import open_model
 from pictures import data_url, encode, quarters
 from serving import FLAGS, ServerProcess
@@ -26,7 +26,7 @@ DEMO = min(demos().items())[1]
 
 @pytest.fixture(scope="module")
 def allowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    names = ("do_normalize", "image_mean", "size")
+    names = ("crop_size", "do_normalize", "image_mean", "size")
     flags = [part for name in names for part in ("--allowed-mm-processor-kwargs", name)]
     with ServerProcess(tmp_path_factory.mktemp("allowing"), *FLAGS, *flags) as started:
         yield started
@@ -60,7 +60,7 @@ def test_an_allowed_option_changes_what_the_model_sees(allowing: ServerProcess) 
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"do_resize": False}, "doesn't let clients set. It lets them set do_normalize"),
+        ({"do_resize": False}, "doesn't let clients set. It lets them set crop_size, do_normalize"),
         ({"image_mean": [0.5] * 65}, "out of range"),
         ({"image_mean": "x" * 65}, "out of range"),
         ({"size": {"height": 100_000, "width": 8}}, "out of range"),
@@ -74,6 +74,27 @@ def test_others_are_refused(allowing: ServerProcess, options: dict[str, Any], pa
     assert (answer.status_code, error["param"]) == (400, "mm_processor_kwargs"), error
     assert part in error["message"]
     assert allowing.http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_model_cant_take_is_the_clients_fault(
+    allowing: ServerProcess, stream: bool
+) -> None:
+    """It is the vision tower that says so; without options it would be the plugin's fault."""
+    size = {"height": 20, "width": 20}
+    answer = ask(allowing, mm_processor_kwargs={"crop_size": size}, stream=stream)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "mm_processor_kwargs"), error
+    assert "the model fails on images as these options make them (mm-llava " in error["message"]
+    assert "Change or leave out mm_processor_kwargs." in error["message"]
+    logprobs(ask(allowing))
+
+
+def test_a_plugin_that_fails_without_options_is_at_fault_itself() -> None:
+    broken = PluginError("mm-x 1.0: raised ValueError.")
+    assert blame(None, broken) is blame({}, broken) is broken
+    dead = EngineDead("the engine has stopped.")
+    assert blame({"size": 1}, dead) is dead
 
 
 def test_by_default_none_is_allowed(server: ServerProcess) -> None:

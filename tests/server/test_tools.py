@@ -257,6 +257,16 @@ def test_an_answer_that_is_cut_off_tells_what_there_is(length: int) -> None:
         assert name == whole_name and whole.startswith(arguments)
 
 
+@pytest.mark.parametrize("char", ["\t", "\n", "\0", "\x1f"])
+def test_control_characters_in_arguments_are_escaped(char: str) -> None:
+    """The grammar of a string with a `maxLength` lets them through; JSON has none."""
+    call = f'{{"name": "a", "arguments": {{"x": "b{char}c"}}}}'
+    answer = f"<tool_call>\n{call}\n</tool_call>"
+    for pieces in ([answer], list(answer)):
+        ((name, arguments),) = pushed(pieces)[1]
+        assert name == "a" and json.loads(arguments) == {"x": f"b{char}c"}
+
+
 def test_the_model_is_told_in_the_system_message() -> None:
     use = ToolUse.of([Tool(**tool())], None, None)
     assert use is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
+from mm_engine.errors import PluginError
 from mm_engine.inputs.media import ImageSource
 from mm_engine.outputs import CompletionOutput, RequestOutput
 from mm_engine.request import Request
 from mm_engine.server.exchange import Job, parsed
 from mm_engine.server.logprobs import chat_logprobs
-from mm_engine.server.mapper_options import check_options
+from mm_engine.server.mapper_options import blame, check_options
 from mm_engine.server.protocol import ChatRequest, ImagePart, ImageURL, TextPart
 from mm_engine.server.responses import (
     ChatChoice,
@@ -68,7 +70,8 @@ async def open_chat(service: Service, body: bytes, slots: Slots) -> Job:
         ),
     )
     reply = ChatReply(service.model_name, request, asked)
-    return Job([request], reply, bool(asked.stream), asked.timeout)
+    at_fault = functools.partial(blame, asked.mm_processor_kwargs)
+    return Job([request], reply, bool(asked.stream), asked.timeout, blame=at_fault)
 
 
 async def with_prepared(
@@ -81,9 +84,12 @@ async def with_prepared(
         PluginError: a hook is.
     """
     check_options(asked.mm_processor_kwargs, service.settings.allowed_mm_processor_kwargs)
-    return await service.with_images(
-        _sources(asked), lambda images: work(_prepare(service, asked, images))
-    )
+    try:
+        return await service.with_images(
+            _sources(asked), lambda images: work(_prepare(service, asked, images))
+        )
+    except PluginError as error:
+        raise blame(asked.mm_processor_kwargs, error) from error
 
 
 def _prepare(service: Service, asked: ChatRequest, images: Sequence[Image.Image]) -> PreparedPrompt:

@@ -72,6 +72,8 @@ class Job:
     timeout: float | None = None  # seconds from the request's arrival, as its body asks
     #: The last lines of a stream, behind all of the reply's events; given an error, they tell it.
     ending: Callable[[dict[str, Any] | None], bytes] = done_or_error
+    #: The error to tell for one that came from the engine: the request may have brought it about.
+    blame: Callable[[Exception], Exception] = lambda error: error
 
 
 Endpoint = Callable[[Service, bytes, Slots], Awaitable[Job]]
@@ -148,8 +150,11 @@ class Exchange(Response):
                     else:
                         await _whole(answer, job, tally, patience.send, slots)
         except Exception as error:
-            tally.fail(error)
-            raise
+            told = job.blame(error)
+            tally.fail(told)
+            if told is error:
+                raise
+            raise told from error
         finally:
             tally.close("abort")  # what hasn't ended by now: the client has left
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mm_engine.errors import RequestError, StartupError
+from mm_engine.errors import PluginError, RequestError, StartupError
 
 FIELD = "mm_processor_kwargs"
 FLAG = "--allowed-mm-processor-kwargs"
@@ -34,6 +34,20 @@ def check_options(asked: Mapping[str, Any] | None, allowed: Collection[str]) -> 
                 f"to {most}; sizes and pixels from 1.",
                 param=FIELD,
             )
+
+
+def blame(asked: Mapping[str, Any] | None, error: Exception) -> Exception:
+    """The error to tell where a plugin failed on images that a request's options made.
+
+    Nobody but the model knows what it can take of them, and it says so by failing.
+    """
+    if not asked or not isinstance(error, PluginError):
+        return error
+    return RequestError(
+        f"the model fails on images as these options make them ({error}) Change or leave out "
+        f"{FIELD}.",
+        param=FIELD,
+    )
 
 
 def check_allowed(allowed: Collection[str], known: Collection[str] | None) -> None:

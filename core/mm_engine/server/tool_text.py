@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,10 +133,16 @@ class ToolCallReader:
         return bool(closes)
 
     def _read_arguments(self, news: News) -> bool:
-        """Up to the end of the arguments, which are an object."""
+        """Up to the end of the arguments, which are an object.
+
+        Of strings whose length is bounded the grammar lets control characters through, which JSON
+        hasn't: they are escaped here.
+        """
         assert self._depth is not None
-        arguments, self._held = self._held, ""
-        for end, char in enumerate(arguments, start=1):
+        written, self._held = self._held, ""
+        arguments = ""
+        for end, char in enumerate(written, start=1):
+            arguments += json.dumps(char)[1:-1] if self._in_string and char < " " else char
             if self._escaped:
                 self._escaped = False
             elif self._in_string:
@@ -147,7 +154,7 @@ class ToolCallReader:
             elif char in "}]":
                 self._depth -= 1
                 if not self._depth:
-                    arguments, self._held = arguments[:end], arguments[end:]
+                    self._held = written[end:]
                     self._depth = None
                     break
         if arguments:
