@@ -226,7 +226,7 @@ def event_lines(event: Body) -> bytes:
 
 
 def _json(body: Body) -> bytes:
-    return _JSON.dump_json(body, exclude_unset=True)  # of models in it
+    return _JSON.dump_json(body, exclude_unset=True)  # of what a request said itself
 
 
 async def read_body(receive: Receive, timeout: float) -> bytes | None:
