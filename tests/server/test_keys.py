@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import hmac
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,11 @@ KEYS = ("key-of-alice", "key-of-bob", "key-of-carol")
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server for several keys, over TLS, with a limit for each and a page that may ask."""
+def certified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1, and its key."""
     if shutil.which("openssl") is None:
         pytest.skip("needs the command openssl, for a certificate")
-    folder = tmp_path_factory.mktemp("shared")
-    file = folder / "keys"
-    file.write_text(f"# who may come in\n{KEYS[0]}\n\n  {KEYS[1]}   # bob\n")
+    folder = tmp_path_factory.mktemp("certified")
     certificate, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(
         [
@@ -44,6 +44,18 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         check=True,
         capture_output=True,
     )
+    return certificate, key
+
+
+@pytest.fixture(scope="module")
+def shared(
+    certified: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """A server for several keys, over TLS, with a limit for each and a page that may ask."""
+    folder = tmp_path_factory.mktemp("shared")
+    file = folder / "keys"
+    file.write_text(f"# who may come in\n{KEYS[0]}\n\n  {KEYS[1]}   # bob\n")
+    certificate, key = certified
     flags = (
         *FLAGS,
         *("--api-key-file", str(file), "--api-key", KEYS[2]),
@@ -69,6 +81,23 @@ def test_the_server_speaks_https(shared: ServerProcess) -> None:
     assert shared.http.get("/health").status_code == 200
     with pytest.raises(httpx.HTTPError):
         httpx.get(shared.url.replace("https", "http") + "/health", timeout=10)
+
+
+def test_a_handshake_has_as_long_as_a_head(certified: tuple[Path, Path], tmp_path: Path) -> None:
+    """Who connects and says nothing, or not all, would hold a file of the process for a minute."""
+    certificate, key = certified
+    files = {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
+    with ServerProcess(tmp_path, settings={**files, "head_timeout": 2.0}) as server:
+        address = server.url.removeprefix("https://").split(":")
+        for begun in (b"", b"\x16\x03\x01"):
+            with socket.create_connection((address[0], int(address[1])), timeout=30) as silent:
+                silent.sendall(begun)
+                start = time.monotonic()
+                assert silent.recv(1) == b""
+                assert 1 < time.monotonic() - start < 25
+        verified = ssl.create_default_context(cafile=str(certificate))
+        assert httpx.get(f"{server.url}/health", verify=verified).status_code == 200
+        assert "Traceback" not in server.output
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -93,9 +93,10 @@ def serve(
         pipeline = InputPipeline(opened, chat_template=settings.chat_template)
         known = pipeline.plugin.option_names(pipeline.ctx, "image")
         check_allowed(settings.allowed_mm_processor_kwargs, known)
-        return asyncio.run(
-            _serve(config, launch, settings, pipeline, listener, imported_at, on_start)
-        )
+        with asyncio.Runner(loop_factory=lambda: _Loop(settings.head_timeout)) as runner:
+            return runner.run(
+                _serve(config, launch, settings, pipeline, listener, imported_at, on_start)
+            )
     return 0
 
 
@@ -143,6 +144,22 @@ def _stop_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop whose servers give a TLS handshake `handshake_timeout` seconds, in place of
+    asyncio's minute: uvicorn has no word for that, and until then a connection isn't ours to end.
+    """
+
+    def __init__(self, handshake_timeout: float) -> None:
+        super().__init__()
+        self._handshake_timeout = handshake_timeout
+
+    async def create_server(self, *args: Any, **named: Any) -> asyncio.Server:
+        """See asyncio (called by uvicorn)."""
+        if named.get("ssl") is not None:
+            named.setdefault("ssl_handshake_timeout", self._handshake_timeout)
+        return await super().create_server(*args, **named)
 
 
 class _HTTPServer(uvicorn.Server):
