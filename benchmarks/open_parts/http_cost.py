@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import statistics
 import subprocess
@@ -107,8 +108,9 @@ class _Offline:
         """
         assert self._process.stdin and self._process.stdout
         asked = json.dumps({"prompts": prompts, "output_len": output_len})
-        self._process.stdin.write(f"{asked}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{asked}\n")
+            self._process.stdin.flush()
         told = self._process.stdout.readline()
         if not told:
             raise RuntimeError("the engine beside the server has ended; it said above why.")

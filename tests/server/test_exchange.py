@@ -73,6 +73,8 @@ class Scripted(Submitting):
 class World:
     """A service over an engine with these scripts, and one client of it."""
 
+    blame: Callable[[Exception], Exception] = staticmethod(lambda error: error)
+
     def __init__(self, clock: Clock, *scripts: list[str | Exception], stream: bool = False) -> None:
         self.engine = Scripted(clock, *scripts)
         record = PluginRecord("mm-x", "1.0", "X", "mm_x.plugin")
@@ -97,7 +99,7 @@ class World:
             for index in range(len(self.engine.scripts))
         ]
         reply = CompletionReply(model="x", include_usage=False, num_choices=1, num_top=0)
-        return Job(requests, reply, self._stream)
+        return Job(requests, reply, self._stream, blame=self.blame)
 
     async def _receive(self) -> dict[str, Any]:
         if not self._body_taken:
@@ -227,3 +229,24 @@ def test_its_place_is_free_before_its_last_bytes_are_sent(clock: Clock, stream: 
     held = asyncio.run(run())
     assert held[-1] == 0
     assert held[:-1] == ([1] * (len(held) - 1) if stream else [0])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_engines_error_is_told_as_its_request_has_it(clock: Clock, stream: bool) -> None:
+    """Behind the first token of a stream, too, whose status says nothing any more."""
+
+    async def run() -> bytes:
+        world = World(clock, ["a", PluginError("mm-x 1.0: raised ValueError.")], stream=stream)
+        world.blame = lambda error: REFUSED if isinstance(error, PluginError) else error
+        sent: list[bytes] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b""))
+
+        with contextlib.nullcontext() if stream else pytest.raises(RequestError, match="exceeds"):
+            await world.exchange(send)
+        assert world.ended == {"abort": 1}
+        return b"".join(sent)
+
+    told = asyncio.run(run())
+    assert (b'"invalid_request_error"' in told) == stream and b"plugin_error" not in told

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +18,14 @@ from mm_engine.config import EngineConfig
 from mm_engine.errors import EngineDead, PluginError, RequestError, StartupError
 from mm_engine.inputs.pipeline import InputPipeline
 from mm_engine.plugins.discovery import demos
+from mm_engine.server import mapper_options
+from mm_engine.server.chat import with_prepared
 from mm_engine.server.mapper_options import blame, check_allowed, check_options
+from mm_engine.server.protocol import ChatRequest, parse
+from mm_engine.server.settings import ServerSettings
 from mm_engine.worker.loader import open_model
 from pictures import data_url, encode, quarters
-from serving import FLAGS, ServerProcess
+from serving import FLAGS, ServerProcess, wait_until
 
 CHAT = "/v1/chat/completions"
 DEMO = min(demos().items())[1]
@@ -85,16 +92,79 @@ def test_what_the_model_cant_take_is_the_clients_fault(
     answer = ask(allowing, mm_processor_kwargs={"crop_size": size}, stream=stream)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, "mm_processor_kwargs"), error
-    assert "the model fails on images as these options make them (mm-llava " in error["message"]
+    assert "the model fails on images as these options make them: mm-llava " in error["message"]
     assert "Change or leave out mm_processor_kwargs." in error["message"]
     logprobs(ask(allowing))
 
 
-def test_a_plugin_that_fails_without_options_is_at_fault_itself() -> None:
+FAILING = """
+from mm_engine.plugins import hookimpl, image_processor
+from mm_llava.plugin import max_tokens, model_class
+
+
+@hookimpl
+def register_input_mapper(ctx, register):
+    register("image", mapper)
+
+
+def mapper(ctx, image, options=None):
+    if image.width == 64:
+        raise KeyError("s3cr3t")
+    processed = image_processor(ctx)(images=image, return_tensors="pt")
+    return {"pixel_values": processed["pixel_values"][0]}
+
+"""
+
+
+def test_a_hook_that_fails_is_blamed_on_options_only_if_they_made_an_image(
+    tmp_path: Path,
+) -> None:
+    """What its exception says is for nobody, and the log has where it was either way."""
+    file = tmp_path / "failing.py"
+    file.write_text(FAILING)
+    flags = (*FLAGS, "--plugin", str(file), "--allowed-mm-processor-kwargs", "level")
+    with ServerProcess(tmp_path, *flags) as server:
+        with_options = ask(server, mm_processor_kwargs={"level": 1})
+        without = ask(server)
+        told = with_options.json()["error"]
+        assert (with_options.status_code, told["param"]) == (400, "mm_processor_kwargs")
+        assert (without.status_code, without.json()["error"]["type"]) == (500, "plugin_error")
+        assert "failing.py" in told["message"] and "raised KeyError. Change" in told["message"]
+        wait_until(lambda: "With mm_processor_kwargs of a request: " in server.output, "its line")
+        assert "s3cr3t" not in with_options.text + without.text + server.output
+
+
+def test_what_nobody_asked_for_stays_the_plugins_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = PluginError("mm-x 1.0: raised ValueError.")
     assert blame(None, broken) is blame({}, broken) is broken
     dead = EngineDead("the engine has stopped.")
     assert blame({"size": 1}, dead) is dead
+    assert isinstance(blame({"size": 1}, broken), RequestError)
+    monkeypatch.setattr(mapper_options, "no_more_calls", lambda: True)
+    assert blame({"size": 1}, broken) is broken  # a hook isn't even called
+
+
+@pytest.mark.parametrize("with_image", [False, True])
+def test_options_are_blamed_only_for_images(with_image: bool) -> None:
+    """A template may fail, too; what its error came from stays known."""
+    broken = PluginError("mm-x 1.0: raised ValueError.")
+    broken.__cause__ = ValueError()
+
+    async def with_images(sources: Any, work: Any) -> Any:
+        raise broken
+
+    settings = ServerSettings(served_model_names=("x",), allowed_mm_processor_kwargs=("size",))
+    service: Any = SimpleNamespace(settings=settings, with_images=with_images)
+    image = {"type": "image_url", "image_url": {"url": data_url(encode(quarters(8, 8)))}}
+    content = [{"type": "text", "text": "x"}, *([image] if with_image else [])]
+    body = {
+        "messages": [{"role": "user", "content": content}],
+        "mm_processor_kwargs": {"size": 8},
+    }
+    asked = parse(ChatRequest, json.dumps(body).encode())
+    with pytest.raises(RequestError if with_image else PluginError) as raised:
+        asyncio.run(with_prepared(service, asked, lambda prepared: prepared))
+    assert raised.value.__cause__ is (broken if with_image else broken.__cause__)
 
 
 def test_by_default_none_is_allowed(server: ServerProcess) -> None:

@@ -70,7 +70,7 @@ async def open_chat(service: Service, body: bytes, slots: Slots) -> Job:
         ),
     )
     reply = ChatReply(service.model_name, request, asked)
-    at_fault = functools.partial(blame, asked.mm_processor_kwargs)
+    at_fault = functools.partial(blame, asked.mm_processor_kwargs if request.items else None)
     return Job([request], reply, bool(asked.stream), asked.timeout, blame=at_fault)
 
 
@@ -84,12 +84,16 @@ async def with_prepared(
         PluginError: a hook is.
     """
     check_options(asked.mm_processor_kwargs, service.settings.allowed_mm_processor_kwargs)
+    sources = _sources(asked)
     try:
         return await service.with_images(
-            _sources(asked), lambda images: work(_prepare(service, asked, images))
+            sources, lambda images: work(_prepare(service, asked, images))
         )
     except PluginError as error:
-        raise blame(asked.mm_processor_kwargs, error) from error
+        told = blame(asked.mm_processor_kwargs if sources else None, error)
+        if told is error:
+            raise
+        raise told from error
 
 
 def _prepare(service: Service, asked: ChatRequest, images: Sequence[Image.Image]) -> PreparedPrompt:

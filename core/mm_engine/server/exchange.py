@@ -190,9 +190,10 @@ async def _stream(
                 await _emit(send, reply.events(prompt, output))
         last = b"".join(map(event_lines, reply.closing(tally))) + job.ending(None)
     except Exception as error:  # the status is out: the stream has to say it
-        status, body = body_of(error)
-        notes["failed"], notes["error"] = status, error
-        tally.fail(error)
+        told = job.blame(error)
+        status, body = body_of(told)
+        notes["failed"], notes["error"] = status, told
+        tally.fail(told)
         last = job.ending(body)
     slots.give_back()
     await send({"type": "http.response.body", "body": last})

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from mm_engine.errors import PluginError, RequestError, StartupError
+from mm_engine.log import told_of
+from mm_engine.plugins.blame import no_more_calls
+
+logger = logging.getLogger(__name__)
 
 FIELD = "mm_processor_kwargs"
 FLAG = "--allowed-mm-processor-kwargs"
@@ -37,14 +42,17 @@ def check_options(asked: Mapping[str, Any] | None, allowed: Collection[str]) -> 
 
 
 def blame(asked: Mapping[str, Any] | None, error: Exception) -> Exception:
-    """The error to tell where a plugin failed on images that a request's options made.
+    """The error to tell where a plugin failed on images that were made as a request `asked`.
 
-    Nobody but the model knows what it can take of them, and it says so by failing.
+    Nobody but the model knows what it can take of them, and it says so by failing. The log is told
+    how: perhaps the plugin is at fault after all.
     """
-    if not asked or not isinstance(error, PluginError):
+    if not asked or not isinstance(error, PluginError) or no_more_calls():
         return error
+    told = told_of(error)
+    logger.warning("With %s of a request: %s", FIELD, told)
     return RequestError(
-        f"the model fails on images as these options make them ({error}) Change or leave out "
+        f"the model fails on images as these options make them: {told} Change or leave out "
         f"{FIELD}.",
         param=FIELD,
     )
