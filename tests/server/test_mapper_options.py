@@ -147,8 +147,8 @@ def test_what_nobody_asked_for_stays_the_plugins_fault(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("with_image", [False, True])
 def test_options_are_blamed_only_for_images(with_image: bool) -> None:
     """A template may fail, too; what its error came from stays known."""
-    broken = PluginError("mm-x 1.0: raised ValueError.")
-    broken.__cause__ = ValueError()
+    broken, cause = PluginError("mm-x 1.0: raised ValueError."), ValueError()
+    broken.__cause__ = cause
 
     async def with_images(sources: Any, work: Any) -> Any:
         raise broken
@@ -164,7 +164,7 @@ def test_options_are_blamed_only_for_images(with_image: bool) -> None:
     asked = parse(ChatRequest, json.dumps(body).encode())
     with pytest.raises(RequestError if with_image else PluginError) as raised:
         asyncio.run(with_prepared(service, asked, lambda prepared: prepared))
-    assert raised.value.__cause__ is (broken if with_image else broken.__cause__)
+    assert raised.value.__cause__ is (broken if with_image else cause)
 
 
 def test_by_default_none_is_allowed(server: ServerProcess) -> None:
