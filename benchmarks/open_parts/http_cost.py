@@ -20,7 +20,7 @@ from mm_engine.cli.bench.bodies import COMPLETIONS
 from mm_engine.cli.bench.client import Measured
 from mm_engine.cli.bench.online import read_pool
 from mm_engine.cli.bench.workload import Shape, Workload
-from open_parts.light import ask_lightly
+from open_parts.light import ask_lightly, unpaused
 from open_parts.overload import MODEL, own_cpu
 from open_parts.server import Server
 
@@ -123,11 +123,12 @@ def _online(
     server: Server, prompts: list[list[int]], output_len: int, num_streams: int
 ) -> dict[str, Any]:
     bodies = [_body(ids, output_len) for ids in prompts]
-    before, own = server.cpu_seconds(), own_cpu()
-    begin = time.perf_counter()
-    answers = asyncio.run(_ask_all(httpx.URL(server.url), bodies, num_streams))
-    seconds = time.perf_counter() - begin
-    own = own_cpu() - own
+    with unpaused():
+        before, own = server.cpu_seconds(), own_cpu()
+        begin = time.perf_counter()
+        answers = asyncio.run(_ask_all(httpx.URL(server.url), bodies, num_streams))
+        seconds = time.perf_counter() - begin
+        own = own_cpu() - own
     taken = {name: now - before[name] for name, now in server.cpu_seconds().items()}
     failures = [answer.failure for answer in answers if answer.failure is not None]
     if failures:

@@ -25,7 +25,7 @@ from mm_engine.cli.bench.bodies import COMPLETIONS, Bodies
 from mm_engine.cli.bench.client import Measured
 from mm_engine.cli.bench.online import allow_connections, read_pool
 from mm_engine.cli.bench.workload import Shape, Workload
-from open_parts.light import ask_lightly
+from open_parts.light import ask_lightly, unpaused
 from open_parts.server import Server, wait_until
 
 HEALTH = Path(__file__).with_name("health.py")
@@ -222,7 +222,8 @@ def _watched(server: Server, phase: Phase) -> Iterator[None]:
     poller = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     before, own = server.cpu_seconds(), own_cpu()
     try:
-        yield
+        with unpaused():
+            yield
         phase.own_cpu = own_cpu() - own
         phase.cpu = {name: now - before[name] for name, now in server.cpu_seconds().items()}
     finally:

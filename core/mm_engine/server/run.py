@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import logging
 import signal
@@ -203,6 +204,7 @@ async def _serve(
         await importing
         service, server = _build(client, pipeline, settings)
         server_box.append(server)
+        gc.freeze()  # all that was imported stays: to look through it again stops every answer
         host, port = listener.getsockname()[:2]
         scheme = "https" if settings.ssl_certfile else "http"
         url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
