@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import json
 import sys
@@ -274,6 +275,12 @@ def test_the_light_client_says_what_came(
     assert (measured.failure and measured.failure.kind) == kind
     if kind is None:
         assert measured.output_tokens == 7 and measured.begin < measured.first_event < measured.end
+
+
+def test_a_load_looks_for_garbage_among_new_objects_alone(part: Callable[[str], Any]) -> None:
+    with part("open_parts.light").unpaused():
+        assert len(gc.get_objects()) < 5000
+    assert len(gc.get_objects()) > 5000, "the positive control: all is looked through again"
 
 
 def test_http_beside_the_engine_alone(record: Callable[..., Any]) -> None:

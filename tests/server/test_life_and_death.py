@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -175,6 +176,35 @@ def test_two_claimants_are_one_sentence_that_names_both(
     done = engine("serve", "llava-demo", "--port", "0", path=[site])
     choice = f"--plugin {architecture}=mm-"
     check_refusal(done, "mm-llava 0.1.0", "mm-other 2.0", choice, tmp=tmp)
+
+
+COUNTING = """
+import gc, os, signal, sys
+from mm_engine.config import EngineConfig
+from mm_engine.plugins.discovery import demos
+from mm_engine.server.run import serve
+from mm_engine.server.settings import ServerSettings
+
+
+def count(started):
+    print(len(gc.get_objects()), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    config = EngineConfig(model=min(demos()), kv_cache_memory=2**26, progress=False)
+    sys.exit(serve(config, ServerSettings(served_model_names=("x",), port=0), count))
+"""
+
+
+def test_a_server_looks_for_garbage_among_new_objects_alone(tmp_path: Path) -> None:
+    """Hundreds of thousands are imported; to go through them would stop every answer."""
+    script = tmp_path / "counting.py"
+    script.write_text(COUNTING)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert int(done.stdout) < 5000
 
 
 def test_sigterm_while_loading_leaves_nothing(tmp_path: Path) -> None:

@@ -112,7 +112,6 @@ def mapper(ctx, image, options=None):
         raise KeyError("s3cr3t")
     processed = image_processor(ctx)(images=image, return_tensors="pt")
     return {"pixel_values": processed["pixel_values"][0]}
-
 """
 
 

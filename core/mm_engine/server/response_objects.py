@@ -1,7 +1,7 @@
 """What `POST /v1/responses` answers: the response object and the events of its stream.
 
-As in `responses.py`, these are plain dicts. Fields that can only have one value
-on a server without tools, reasoning and storage have that value for a type.
+As in `responses.py`, these are plain dicts. Fields that can only have one value on a server without
+tools, reasoning and storage have that value for a type.
 """
 
 from __future__ import annotations
