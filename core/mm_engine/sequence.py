@@ -44,7 +44,7 @@ class Sequence:
     start_time: float | None = None  # of its first step, by the same clock and owner
     detokenizer: Any = None  # owner: engine/detokenizer.py
     sampler_state: Any = None  # owner: worker/sampler.py
-    newest: Any = None  # the id sampled last, on the device; owner: worker/launched.py
+    newest: Any = None  # a SampledId, the last one; owner: worker/launched.py
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)

@@ -155,7 +155,9 @@ def test_all_rows_are_masked_at_once_as_one_by_one(
     forbid(masked, bits)
     assert torch.equal(masked, expected)
     on_device, within = logits.clone(), min(32 * width, logits.shape[1])
-    forbid_on_device(on_device[:, :within], rows, torch.cat([bits[row] for row in rows]))
+    forbid_on_device(
+        on_device[:, :within], torch.tensor(list(rows)), torch.cat([bits[row] for row in rows])
+    )
     assert torch.equal(on_device[:, :within], expected[:, :within])
 
 

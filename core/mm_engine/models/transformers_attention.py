@@ -23,8 +23,11 @@ from mm_engine.attention.metadata import AttentionMetadata
 from mm_engine.errors import MMEngineError, StartupError
 from mm_engine.models.weights import does_not_fit
 
-#: The name under which transformers' models find us.
+#: The name under which transformers' models find us. No masks are made for it: transformers would
+#: look at the positions of every step for them, and wait for the device.
 IMPLEMENTATION = "mm_engine_paged"
+#: The same attention, which gets each mask as a `Mask`: for `read_layers`.
+READING = "mm_engine_reading"
 #: The attribute of transformers' attention modules that holds our layer.
 LAYER = "mm_engine_attention"
 
@@ -89,22 +92,13 @@ class LayerSpec:
     softcap: float | None
 
 
-@dataclass(slots=True)
-class _InForce:
-    answer: Answer
-    reads_masks: bool
-
-
-_in_force: ContextVar[_InForce] = ContextVar("mm_engine_attention")
+_in_force: ContextVar[Answer] = ContextVar("mm_engine_attention")
 
 
 @contextmanager
-def answering(answer: Answer, *, reads_masks: bool = False) -> Iterator[None]:
-    """While this lasts, `answer` is the attention of transformers' modules.
-
-    Masks aren't made, unless `reads_masks`: then the answer gets each one as a `Mask`.
-    """
-    token = _in_force.set(_InForce(answer, reads_masks))
+def answering(answer: Answer) -> Iterator[None]:
+    """While this lasts, `answer` is the attention of transformers' modules."""
+    token = _in_force.set(answer)
     try:
         yield
     finally:
@@ -119,16 +113,17 @@ def _attend(
     attention_mask: Any,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    answer = _in_force.get().answer(module, query, key, value, attention_mask, keywords)
+    answer = _in_force.get()(module, query, key, value, attention_mask, keywords)
     return answer.contiguous(), None
 
 
-def _mask(*, mask_function: Callable[..., Tensor], **_: Any) -> Mask | None:
-    return Mask(mask_function) if _in_force.get().reads_masks else None
+def _mask(*, mask_function: Callable[..., Tensor], **_: Any) -> Mask:
+    return Mask(mask_function)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attend)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+AttentionInterface.register(READING, _attend)
+AttentionMaskInterface.register(READING, _mask)
 
 
 def read_call(
@@ -244,7 +239,7 @@ def read_layers(run: Callable[[], object], max_len: int) -> list[tuple[nn.Module
         layers[id(module)] = (module, PagedAttention(spec, window))
         return tokens_apart(module, query, key, value, mask, keywords)
 
-    with answering(answer, reads_masks=True), torch.no_grad(), foreign_code():
+    with answering(answer), torch.no_grad(), foreign_code():
         run()
     return list(layers.values())
 

@@ -21,6 +21,7 @@ from mm_engine.models.layers import Linear
 from mm_engine.models.transformers_attention import (
     IMPLEMENTATION,
     LAYER,
+    READING,
     Unsupported,
     answering,
     foreign_code,
@@ -75,7 +76,7 @@ class TransformersDecoder(nn.Module):
         ):
             self.causal: Any = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config),  # transformers writes to it
-                attn_implementation=IMPLEMENTATION,
+                attn_implementation=READING,
                 dtype=torch.get_default_dtype(),
             )
             self.causal.eval().requires_grad_(False)
@@ -93,6 +94,7 @@ class TransformersDecoder(nn.Module):
             if any(tied):
                 self.causal.set_submodule(self.head_path, TiedHead(embedding))
             self._install_layers(config.num_hidden_layers)
+            self.causal.set_attn_implementation(IMPLEMENTATION)
         if ctx.shard.size > 1:
             plan = getattr(self.causal.base_model.config, "base_model_tp_plan", None)
             if not share_out(self.backbone, plan, ctx.shard):

@@ -12,7 +12,7 @@ from mm_engine.attention.backend import AttentionBackend
 from mm_engine.attention.metadata import AttentionMetadata
 from mm_engine.request import Item
 from mm_engine.sequence import UNKNOWN_TOKEN, ScheduledSequence
-from mm_engine.worker.transfers import to_device
+from mm_engine.worker.transfers import SampledId, to_device
 
 
 class StepLayout(msgspec.Struct):
@@ -62,7 +62,7 @@ class ForwardBatch:
 
     scheduled: list[ScheduledSequence]
     ids: list[int]  # [T]; placeholders hold id 0, their embeddings come from the encoder
-    unknown: list[tuple[int, Tensor]]  # (row, id on the device) of ids that the host doesn't know
+    unknown: list[tuple[int, SampledId]]  # (row, id) of ids that the host doesn't know
     layout: StepLayout
     sampled: list[int]  # the indices in `scheduled` of `sampled_rows`; drafts have several
     merges: list[
@@ -74,7 +74,7 @@ class ForwardBatch:
         ids = to_device(self.ids, device)
         if self.unknown:
             rows = to_device([row for row, _ in self.unknown], device)
-            ids.index_copy_(0, rows, torch.cat([newest for _, newest in self.unknown]))
+            ids.index_copy_(0, rows, torch.cat([newest.on_device for _, newest in self.unknown]))
         return ids
 
     def slots(self, index: int) -> list[int]:
@@ -89,7 +89,7 @@ def build_batch(scheduled: list[ScheduledSequence], block_size: int) -> ForwardB
     positions: list[int] = []
     slots: list[int] = []
     merges: list[tuple[Item, int, int, int]] = []
-    unknown: list[tuple[int, Tensor]] = []  # (row, id on the device)
+    unknown: list[tuple[int, SampledId]] = []  # by row
     sampled: list[int] = []
     sampled_rows: list[int] = []
     for index, share in enumerate(scheduled):

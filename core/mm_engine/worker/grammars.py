@@ -21,7 +21,7 @@ from torch import Tensor
 from mm_engine.errors import RequestError
 from mm_engine.sampling_params import StructuredOutputsParams
 from mm_engine.worker.json_schema import check_regex, check_schema
-from mm_engine.worker.transfers import to_device
+from mm_engine.worker.transfers import move, to_device
 
 if TYPE_CHECKING:
     from mm_engine.worker.loader import OpenedModel
@@ -188,6 +188,7 @@ def forbid(logits: Tensor, allowed: Mapping[int, Tensor]) -> None:
     """Set all logits `[N, vocab]` of the rows in `allowed` to -inf, in place, but for those whose
     bits are set: `[1, ceil(vocab / 32)]` int32 on the CPU for each row. All rows at once."""
     rows = list(allowed)
+    picked = to_device(rows, logits.device)
     bits = torch.cat([allowed[row] for row in rows])
     width = min(32 * bits.shape[1], logits.shape[1])
     if logits.device.type == "cpu":
@@ -196,17 +197,17 @@ def forbid(logits: Tensor, allowed: Mapping[int, Tensor]) -> None:
         apply = load_xgrammar().apply_token_bitmask_inplace
         apply(logits, mask, vocab_size=width, indices=rows)
     else:
-        forbid_on_device(logits[:, :width], rows, bits)
+        forbid_on_device(logits[:, :width], picked, bits)
     if width < logits.shape[1]:  # ids that the tokenizer hasn't got
-        logits[rows, width:] = float("-inf")
+        logits[:, width:].index_fill_(0, picked, float("-inf"))
 
 
-def forbid_on_device(logits: Tensor, rows: list[int], bits: Tensor) -> None:
-    """The same for logits on any device, with PyTorch alone."""
-    picked, bits = to_device(rows, logits.device), bits.to(logits.device)
+def forbid_on_device(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """The same for logits on any device, where `rows` are, with PyTorch alone."""
+    bits = move(bits, logits.device)
     shifts = torch.arange(32, device=logits.device, dtype=torch.int32)
     allowed = ((bits[:, :, None] >> shifts) & 1).bool().flatten(1)[:, : logits.shape[1]]
-    logits[picked] = logits[picked].masked_fill(~allowed, float("-inf"))
+    logits[rows] = logits[rows].masked_fill(~allowed, float("-inf"))
 
 
 def compile_grammar(vocabulary: Any, structure: StructuredOutputsParams) -> bytes:

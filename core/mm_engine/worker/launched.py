@@ -12,7 +12,7 @@ from torch import Tensor
 from mm_engine.outputs import ErrorInfo
 from mm_engine.sequence import SampledToken, StepResult
 from mm_engine.worker.batch import ForwardBatch
-from mm_engine.worker.transfers import HostCopy
+from mm_engine.worker.transfers import HostCopy, SampledId
 
 
 class SampledShares(Protocol):
@@ -21,6 +21,11 @@ class SampledShares(Protocol):
     @property
     def ids(self) -> Tensor:
         """`[N]` the newest id of each, on the device."""
+        ...
+
+    @property
+    def host_ids(self) -> HostCopy:
+        """The same, on their way to the host."""
         ...
 
     def tokens(self) -> list[SampledToken]:
@@ -98,7 +103,8 @@ class LaunchedStep:
         self._indices, self._sampled = indices, sampled
         for position, i in enumerate(indices):
             sequence = self._forward.scheduled[i].sequence
-            sequence.newest = sampled.ids[position : position + 1]
+            id_ = sampled.ids[position : position + 1]
+            sequence.newest = SampledId(id_, sampled.host_ids, position)
 
     @property
     def failed(self) -> bool:

@@ -85,7 +85,7 @@ class ModelShard:
         with torch.inference_mode():
             for caches in self.kv_caches:
                 for cache in caches:
-                    reference.indexable(cache).flatten(0, 1)[slots] = 0
+                    reference.indexable(cache).flatten(0, 1).index_fill_(0, slots, 0)
 
     def capture_graph(self, size: int, dtype: torch.dtype) -> None:
         """Capture the graph for `size` sequences, whose embeddings are of `dtype`.

@@ -95,7 +95,8 @@ class Sampler:
 
         A row should be finite, or -inf for an id that can't come. Of one that isn't comes some id
         of the vocabulary, and its neighbours don't notice. Log-probabilities are the model's,
-        before penalties, temperature and cuts. Nothing here waits for the device.
+        before penalties, temperature and cuts. Nothing here waits for the device, but a row with a
+        grammar for the step before this one, while the device goes on with this one.
         """
         params = [sequence.request.sampling_params for sequence in sequences]
         if all(_is_plain(sequence) for sequence in sequences):
@@ -172,7 +173,7 @@ class Sampler:
             if too_short:
                 ends = [*p.stop_token_ids, *sequence.request.eos_token_ids]
                 ends = [token for token in ends if token < row.shape[0]]
-                row[to_device(ends, row.device)] = float("-inf")
+                row.index_fill_(0, to_device(ends, row.device), float("-inf"))
             if grammar is not None:
                 allowed[i] = self._allowed(grammar, sequence, accepted[i])
         if allowed:
@@ -193,8 +194,8 @@ class Sampler:
             on_one_line = kind in ("json", "json_object")
             state.grammar = self._grammars.follow(grammar, p.n, on_one_line=on_one_line)
         ids = [*sequence.output_token_ids, *accepted]
-        if ids and ids[-1] == UNKNOWN_TOKEN:  # the device knows it: what comes next hangs on it
-            ids[-1] = int(sequence.newest.item())
+        if ids and ids[-1] == UNKNOWN_TOKEN:  # what comes next hangs on it
+            ids[-1] = sequence.newest.known()
         return state.grammar.allowed(ids)
 
     def _penalise(
@@ -207,11 +208,11 @@ class Sampler:
             state.output_counts = torch.zeros_like(row)
             state.prompt_mask = torch.zeros_like(row, dtype=torch.bool)
             prompt = [token for token in sequence.request.prompt_token_ids if token < row.shape[0]]
-            state.prompt_mask[to_device(prompt, row.device)] = True
+            state.prompt_mask.index_fill_(0, to_device(prompt, row.device), True)
         new = [*sequence.output_token_ids, *accepted][state.num_counted :]
         state.num_counted += len(new)
         if new and new[-1] == UNKNOWN_TOKEN:  # the device knows it
-            ids = torch.cat((to_device(new[:-1], row.device), sequence.newest))
+            ids = torch.cat((to_device(new[:-1], row.device), sequence.newest.on_device))
         else:
             ids = to_device(new, row.device)
         state.output_counts.index_add_(0, ids, torch.ones_like(ids, dtype=row.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,3 +56,17 @@ class HostCopy:
             self._arrived = None
         numbers: list[Any] = self._tensor.tolist()
         return numbers
+
+
+@dataclass(frozen=True, slots=True)
+class SampledId:
+    """One of the ids that a step has sampled, which the host may not know yet."""
+
+    on_device: Tensor  # [1] int64
+    host_ids: HostCopy  # [N], of the whole step
+    position: int  # in it
+
+    def known(self) -> int:
+        """The id. Waits for the step that sampled it, and for nothing that was launched since."""
+        token_id: int = self.host_ids.tolist()[self.position]
+        return token_id

@@ -6,11 +6,12 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from mm_engine.sequence import SampledToken, ScheduledSequence
 from mm_engine.worker.sampler import Sampled, Sampler
-from mm_engine.worker.transfers import to_device
+from mm_engine.worker.transfers import HostCopy, move
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,7 @@ class Verified:
     """What was sampled where there were drafts: nothing of it is on its way any more."""
 
     ids: Tensor  # [N] the newest id of each share, on the device
+    host_ids: HostCopy
     known: list[SampledToken]
 
     def tokens(self) -> list[SampledToken]:
@@ -53,7 +55,8 @@ def launch_shares(
                 taken[i].append(token)
             going = [i for i in going if _is_right(shares[i], taken[i])]
     known = [replace(tokens[-1], accepted=tuple(tokens[:-1])) for tokens in taken]
-    return Verified(to_device([token.token_id for token in known], logits.device), known)
+    ids = torch.tensor([token.token_id for token in known])
+    return Verified(move(ids, logits.device), HostCopy(ids), known)
 
 
 def _is_right(share: ScheduledSequence, tokens: Seq[SampledToken]) -> bool:
