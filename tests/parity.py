@@ -42,8 +42,10 @@ class Oracle:
     """transformers' answers, computed once for each case."""
 
     def __init__(self, checkpoint: Path) -> None:
+        # Eager: "sdpa", which older versions choose for any model, has no soft caps and leaves
+        # them out.
         self.model: Any = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype=torch.float32
+            checkpoint, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.image_processor = AutoImageProcessor.from_pretrained(checkpoint)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
