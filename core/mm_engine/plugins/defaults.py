@@ -31,7 +31,7 @@ def image_processor(checkpoint: Path) -> Any:
         StartupError: the checkpoint has none, or it needs code from the Hub.
     """
     # Here: it is slow to import, and not all plugins need it. From its module: without torchvision
-    # the one at transformers' top is a placeholder that raises, before transformers 5.16.
+    # the one at transformers' top is a placeholder that raises, in 5.17 and before at least.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     try:
