@@ -22,6 +22,7 @@ import transformers
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from checkpoint import IMAGE_TOKEN, make_checkpoint
 from mm_engine import LLM, SamplingParams
@@ -86,7 +87,7 @@ class Theirs:
         self.model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(
             path, dtype=self.dtype
         ).eval()
-        self.processor = transformers.AutoImageProcessor.from_pretrained(path)
+        self.processor = AutoImageProcessor.from_pretrained(path)
         self.image_token = self.model.config.image_token_id
 
     def seconds(

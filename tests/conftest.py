@@ -13,6 +13,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from mm_engine_kernels import ops
 
+from interpreting import take_bounds_as_scalars
+
 # A shell's background jobs ignore Ctrl-C, and their children do; some tests are about it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -25,6 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which rea
 # They are reached only by tests of them; the engine doesn't prefer them on a CPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    take_bounds_as_scalars()
 
 SPEED = "MM_ENGINE_TEST_LOOP_SECONDS"  # so that all processes of a run agree
 #: From twice the time on of a machine on which the whole suite takes a quarter of an hour.

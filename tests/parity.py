@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mm_engine import LLM
 from mm_engine.sequence import ScheduledBatch
@@ -41,8 +42,10 @@ class Oracle:
     """transformers' answers, computed once for each case."""
 
     def __init__(self, checkpoint: Path) -> None:
+        # Eager: "sdpa", which older versions choose for any model, has no soft caps and leaves
+        # them out.
         self.model: Any = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype=torch.float32
+            checkpoint, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.image_processor = AutoImageProcessor.from_pretrained(checkpoint)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)

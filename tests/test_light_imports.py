@@ -65,6 +65,15 @@ from transformers import masking_utils, modeling_utils
 fact = masking_utils.TransformGetItemToIndex.__module__
 """
 
+NOBODY_ASKS = """
+import torch
+from mm_engine import light_imports
+light_imports.ASKS = "asked_in_no_version"
+light_imports.import_transformers()
+from transformers import modeling_utils
+fact = torch.distributed.is_available()
+"""
+
 
 def run(code: str) -> tuple[Any, set[str]]:
     """`fact` of a program that a new interpreter runs, and the names of what it has imported."""
@@ -131,6 +140,12 @@ def test_another_version_of_transformers_is_imported_in_the_usual_way() -> None:
     fact, modules = run(UNKNOWN_VERSION)
     assert fact == "torch._dynamo._trace_wrapped_higher_order_op"
     assert "torch._dynamo" in modules
+
+
+def test_a_version_that_asks_for_distributed_tensors_otherwise_is_imported() -> None:
+    fact, modules = run(NOBODY_ASKS)
+    assert fact is True
+    assert "transformers.modeling_utils" in modules and "torch._dynamo" not in modules
 
 
 @pytest.mark.parametrize(

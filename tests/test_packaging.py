@@ -115,7 +115,8 @@ def test_one_wheel_has_all_instruction_sets_and_passes_its_tests_without_a_compi
     content = module.read_bytes()
     assert all(f"\0{name}\0".encode() in content for name in sets.get(machine(), ()))
     shutil.copytree(ROOT / "tests" / "cpu_kernels", tmp_path / "cpu_kernels")
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    for name in ("conftest.py", "interpreting.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path)
     quick = ("rms_norm", "rotary", "silu_mul", "largest", "sample")  # all of them take minutes
     files = [tmp_path / "cpu_kernels" / f"test_{name}.py" for name in quick]
     done = subprocess.run(

@@ -52,7 +52,13 @@ def caches(request: pytest.FixtureRequest) -> str:
     [
         {"temperature": 0.2, "seed": 6},
         {"temperature": 0.3, "top_p": 0.8, "repetition_penalty": 0.8, "seed": 4, "n": 2},
-        {"temperature": 0.0, "frequency_penalty": -0.5, "min_tokens": 30, "logprobs": 3},
+        {
+            "temperature": 0.0,
+            "frequency_penalty": -0.5,
+            "repetition_penalty": 1.3,
+            "min_tokens": 30,
+            "logprobs": 3,
+        },
         {"temperature": 0.3, "logit_bias": {70: 1.0}, "top_k": 20, "seed": 5, "logprobs": 0},
     ],
     ids=["random", "top-p", "penalised", "biased"],

@@ -30,7 +30,7 @@ from mm_engine.plugins import PromptInputs, expand_placeholders, hookimpl, place
 from mm_llava.counts import num_image_tokens
 from mm_llava.model import LlavaForConditionalGeneration
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 ARCHITECTURES = ["LlavaForConditionalGeneration"]
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.initialization import no_init_weights
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from checkpoint import IMAGE_TOKEN
 from gpu_sections.measure import Row, Section, synchronize
@@ -182,7 +183,7 @@ def _generate(
     run: Run, model: Any, asked: Asked, batch: int, seed: int, num_batches: int | None = None
 ) -> tuple[float, list[int]]:
     """Seconds of `generate` for all image requests, and the first token of each answer."""
-    processor = transformers.AutoImageProcessor.from_pretrained(run.checkpoint)
+    processor = AutoImageProcessor.from_pretrained(run.checkpoint)
     prompts = image_prompts(run, asked.texts, seed)
     firsts: list[int] = []
     synchronize(run.device)

@@ -23,6 +23,7 @@ from typing import Any
 COMPILER = "torch._dynamo"
 #: What transformers' modules take of it while they are imported: the name of a submodule, the name.
 USED_LATER = ("torch._dynamo._trace_wrapped_higher_order_op", "TransformGetItemToIndex")
+ASKS = "is_torch_distributed_available"  # a function of transformers.utils
 MARKS = ("allow_in_graph", "assume_constant_result", "disable")
 MODULES = ("masking_utils", "integrations.sonicmoe", "modeling_utils", "image_processing_utils")
 
@@ -47,9 +48,10 @@ def _import_transformers() -> None:
         importlib.import_module("transformers.models")
     if COMPILER in sys.modules:
         return
-    # It asks once, and keeps the answer.
+    # It asks once, and keeps the answer. Older versions ask torch, but import nothing yet.
+    ask = getattr(importlib.import_module("transformers.utils"), ASKS, lambda: None)
     with _replaced(torch.distributed, "is_available", lambda: False):
-        importlib.import_module("transformers.utils").is_torch_distributed_available()
+        ask()
     with _no_compiler(torch), contextlib.suppress(Exception):
         for name in MODULES:
             importlib.import_module(f"{transformers.__name__}.{name}")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from mm_engine_kernels import reference
+from packaging.version import Version
 from torch import Tensor
 
 from attention_steps import MIXES, Step, assert_meets_reference, make_step
@@ -163,6 +164,8 @@ def varlen(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> VarlenAttention:
     from torch.nn.attention import varlen as module
 
     signature = inspect.signature(module.varlen_attn)  # the real one
+    if Version(torch.__version__) < Version("2.13"):
+        pytest.skip("varlen_attn reads no paged cache before torch 2.13, and is never chosen then")
 
     def varlen_attn(*args: Any, **kwargs: Any) -> Tensor:
         given = signature.bind(*args, **kwargs)

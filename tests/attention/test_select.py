@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from mm_engine_kernels import ops
+from packaging.version import Version
 
 from mm_engine.attention import importing, select, torch_varlen
 from mm_engine.attention.backend import Attention, Needs
@@ -28,6 +29,9 @@ from mm_engine.errors import StartupError
 NO_FLASH = "flash-attn isn't installed: pip install --no-build-isolation 'mm-engine[cuda]'"
 NO_TRITON = "triton isn't installed: pip install 'mm-engine[cuda]'"
 TORCH = importing.torch_version()
+
+#: What varlen_attn takes from PyTorch 2.13 on.
+PAGED = ("seqused_k", "block_table", "num_splits", "enable_gqa")
 
 World = Callable[..., None]
 
@@ -47,7 +51,8 @@ def undefined_symbol() -> ImportError:
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     """`world(flash_attn=...)`: what is imported, or what importing it raises; `absent=(...)`.
 
-    Without arguments both packages are installed, and every card computes what it should.
+    Without arguments both packages are installed, PyTorch's varlen_attn reads a paged cache, and
+    every card computes what it should.
     """
 
     real_loader = ops.LOADERS["triton"]
@@ -79,6 +84,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         versions = {"flash-attn": "2.8.3"}
         monkeypatch.setattr(metadata, "version", lambda name: versions.get(name) or version(name))
         monkeypatch.setattr(select, "fault_of", fault)
+        monkeypatch.setattr(torch_varlen, "_parameters", lambda: dict.fromkeys(PAGED))
 
     return set_up
 
@@ -375,8 +381,10 @@ def test_the_needs_are_read_off_the_layers() -> None:
     assert needs.capability is None
 
 
-def test_the_torch_that_is_installed_has_a_paged_varlen_attn() -> None:
+def test_from_2_13_on_the_torch_that_is_installed_has_a_paged_varlen_attn() -> None:
     from torch.nn.attention.varlen import varlen_attn
 
     assert dict(inspect.signature(varlen_attn).parameters) == torch_varlen._parameters()
-    assert torch_varlen.VarlenAttention.unfit(card()) is None
+    old = f"of torch {TORCH} reads no paged cache: install torch 2.13 or newer"
+    is_new = Version(TORCH) >= Version("2.13")
+    assert torch_varlen.VarlenAttention.unfit(card()) == (None if is_new else old)

@@ -8,15 +8,18 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 KIB = 1024
 #: Shared memory of one program, by capability.
 SHARED = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB}
-MAX_STACK = 32  # bytes of a thread that lie in memory instead of a register; a few cost nothing
+#: Bytes of a thread that lie in memory instead of a register; a few cost nothing.
+MAX_STACK, MAX_STACK_BEFORE_3_9 = 32, 40
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -41,9 +44,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_kernels_fit_the_cards(compiled: list[dict[str, Any]]) -> None:
     assert {record["arch"] for record in compiled} == {80, 86, 90}
+    is_new = Version(version("triton")) >= Version("3.9")
     for record in compiled:
         assert record["shared"] <= SHARED[record["arch"]], record
-        assert record["stack"] <= MAX_STACK, record
+        assert record["stack"] <= (MAX_STACK if is_new else MAX_STACK_BEFORE_3_9), record
 
 
 def test_every_kernel_is_compiled(compiled: list[dict[str, Any]]) -> None:

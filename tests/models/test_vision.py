@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModel
 
 from checkpoints import IMAGE_SIZE, TOWERS, vision_config
 from mm_engine.errors import StartupError
+from mm_engine.models import encoder_attention
 from mm_engine.models.encoder_attention import IMPLEMENTATION
 from mm_engine.models.vision import (
     build_vision_tower,
@@ -71,9 +73,17 @@ def test_attention_is_our_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls) == 3 and {shape[0] for shape in calls} == {2}
 
 
-def test_what_the_kernel_does_not_do_is_torchs() -> None:
+def test_what_the_kernel_does_not_do_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask, causal attention and what else is asked for by name."""
     attend, torchs = AttentionInterface()[IMPLEMENTATION], AttentionInterface()["sdpa"]
+    calls: list[dict[str, Any]] = []
+
+    def watched(*args: Any, **keywords: Any) -> Any:
+        calls.append(keywords)
+        return torchs(*args, **keywords)
+
+    monkeypatch.setattr(encoder_attention, "sdpa_attention_forward", watched)
+    knows_biases = "position_bias" in inspect.signature(torchs).parameters  # older ones: no model
     module = nn.Identity()
     module.is_causal = False
     query, key, value = torch.randn(3, 1, 2, 5, 16).unbind(0)
@@ -84,7 +94,9 @@ def test_what_the_kernel_does_not_do_is_torchs() -> None:
     for mask, asked in ((hidden, {}), (None, {"is_causal": True}), (None, {"position_bias": bias})):
         got = attend(module, query, key, value, mask, **asked)[0]
         torch.testing.assert_close(got, torchs(module, query, key, value, mask, **asked)[0])
-        assert not torch.allclose(got, plain)
+        assert all(calls[-1][name] is given for name, given in asked.items())
+        assert torch.allclose(got, plain) == ("position_bias" in asked and not knows_biases)
+    assert len(calls) == 3  # the plain one is the kernel's
     torch.testing.assert_close(plain, torchs(module, query, key, value, None)[0])
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoImageProcessor,
     CLIPImageProcessorPil,
     LlavaNextImageProcessorPil,
     SiglipImageProcessorPil,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mm_engine.config import ModelContext

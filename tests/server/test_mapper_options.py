@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mm_engine.config import EngineConfig
 from mm_engine.errors import EngineDead, PluginError, RequestError, StartupError

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import InternVLConfig, LlavaConfig, LlavaNextConfig, PretrainedConfig
 
+from checkpoints import make_llava
 from mm_engine.testing.oracle import Oracle, processor_options
 from mm_engine.testing.random_checkpoint import random_model
 from mm_engine.testing.sizes import picture
@@ -63,9 +65,21 @@ def test_older_versions_of_transformers_keep_them_beside_the_class(
 
     options = {"crop_to_patches": True, "return_tensors": "pt"}
     beside = SimpleNamespace(_defaults={"images_kwargs": options})
-    monkeypatch.setattr(module.InternVLProcessor, "images_kwargs", None)
+    monkeypatch.setattr(module.InternVLProcessor, "images_kwargs", None, raising=False)
     monkeypatch.setitem(vars(module), "InternVLProcessorKwargs", beside)
     assert processor_options(InternVLConfig()) == {"crop_to_patches": True}
+
+
+def test_soft_caps_count(tmp_path: Path) -> None:
+    """Attention that the library has chosen by itself may leave them out."""
+    oracle = Oracle(make_llava(tmp_path, backbone="gemma2"), 5)
+    inputs = oracle.inputs([1, 9, 20, 30], [])
+    capped, caps = oracle.logits(inputs), 0
+    for module in oracle.model.modules():
+        if hasattr(module, "attn_logit_softcapping"):
+            module.attn_logit_softcapping = None
+            caps += 1
+    assert caps and not torch.allclose(oracle.logits(inputs), capped)
 
 
 def test_images_are_mapped_with_them(tmp_path: Path) -> None:

@@ -69,6 +69,12 @@ class FakeCuda:
             "graph_pool_handle": lambda: "a pool",
         }.items():
             patch.setattr(torch.cuda, name, value)
+        ends = "_cuda_endAllocateToPool"  # a PyTorch for CPUs has none
+
+        def end_allocating(device_index: int, pool: str) -> None:
+            fake.say(f"device {device_index} allocates no more in {pool}")
+
+        patch.setattr(torch._C, ends, end_allocating, raising=False)
 
 
 def test_a_capture_follows_a_run_aside_and_shares_one_pool(
@@ -98,6 +104,7 @@ def test_a_capture_that_fails_leaves_the_stream_that_was_in_force(
     with pytest.raises(RuntimeError, match="invalid"):
         CudaRecorder(torch.device("cpu"))(lambda: None)
     assert fake.stream_now == "main"
+    assert fake.events[-1] == "device 0 allocates no more in a pool"
 
 
 def test_what_the_models_own_code_raised_is_the_cause() -> None:

@@ -161,6 +161,14 @@ def test_all_rows_are_masked_at_once_as_one_by_one(
     assert torch.equal(on_device[:, :within], expected[:, :within])
 
 
+def test_a_column_is_not_taken_for_a_row() -> None:
+    logits = torch.zeros(2, 1)
+    forbid(logits, {0: torch.tensor([[1]], dtype=torch.int32)})
+    assert logits.tolist() == [[0.0], [0.0]]
+    forbid(logits, {0: torch.tensor([[0]], dtype=torch.int32)})
+    assert logits.tolist() == [[float("-inf")], [0.0]]
+
+
 def test_answers_of_one_request_share_its_time(grammars: Grammars, tokenizer: Any) -> None:
     a = tokenizer.convert_tokens_to_ids("a")
     grammar = grammars.compile(

@@ -15,13 +15,14 @@ def load(
     """Import, load, be ready to answer. Its cache grows with the batch: nothing is set apart."""
     import torch
     import transformers
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     torch.set_num_threads(threads)
     loaded["dtype"] = getattr(torch, dtype)
     loaded["model"] = transformers.LlavaForConditionalGeneration.from_pretrained(
         model, dtype=loaded["dtype"]
     ).eval()
-    loaded["processor"] = transformers.AutoImageProcessor.from_pretrained(model)
+    loaded["processor"] = AutoImageProcessor.from_pretrained(model)
     return {"versions": versions("transformers", "torch"), "kv_bytes": 0}
 
 

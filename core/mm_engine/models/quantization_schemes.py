@@ -84,32 +84,34 @@ class Fp8(BiasAfter):
 
 
 class ScaledMMFp8(Fp8):
-    """The same by `torch._scaled_mm`, on CPUs as well (which widen the weight in each call)."""
+    """The same by `torch._scaled_mm`, for CPUs (it widens the weight in each call)."""
 
     def product(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
         """`Scheme.linear` without the bias."""
         weight, scale = packed
         rows, row_scale = quantized.quantize_fp8(x)
-        out: Tensor = torch._scaled_mm(
-            rows, weight.t(), row_scale, scale.t(), out_dtype=self.out_dtype(x.dtype)
-        )
-        return out.to(x.dtype)
-
-    def out_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What the kernel writes for activations of `dtype`."""
-        return dtype
+        # Its own scales are one for all rows in PyTorch 2.11, which has no others on a CPU.
+        one = torch.ones((), device=x.device)
+        out: Tensor = torch._scaled_mm(rows, weight.t(), one, one, out_dtype=torch.float32)
+        return (out * row_scale * scale.t()).to(x.dtype)
 
 
-class CudaFp8(ScaledMMFp8):
-    """On a card: its kernels take multiples of 16 and write bfloat16."""
+class CudaFp8(Fp8):
+    """`torch._scaled_mm` on a card: it takes multiples of 16 and scales by row."""
 
     def refusal(self, rows: int, columns: int) -> str | None:
         """A reason for sizes that aren't multiples of 16."""
         return _not_multiple(rows, columns, 16, 16)
 
-    def out_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """bfloat16, the one that scales by row allow."""
-        return torch.bfloat16
+    def product(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+        """`Scheme.linear` without the bias."""
+        weight, scale = packed
+        rows, row_scale = quantized.quantize_fp8(x)
+        # bfloat16 is what it writes where it scales by row.
+        out: Tensor = torch._scaled_mm(
+            rows, weight.t(), row_scale, scale.t(), out_dtype=torch.bfloat16
+        )
+        return out.to(x.dtype)
 
 
 class Int8(BiasAfter):

@@ -30,7 +30,9 @@ def image_processor(checkpoint: Path) -> Any:
     Raises:
         StartupError: the checkpoint has none, or it needs code from the Hub.
     """
-    from transformers import AutoImageProcessor  # slow to import; not all plugins need it
+    # Here: it is slow to import, and not all plugins need it. From its module: without torchvision
+    # the one at transformers' top is a placeholder that raises, in 5.17 and before at least.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     try:
         return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)

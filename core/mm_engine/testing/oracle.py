@@ -47,8 +47,12 @@ class Oracle:
         """
         try:
             with quiet():
+                # Eager: older versions choose "sdpa" for all, which leaves out soft caps.
                 self.model: Any = AutoModelForImageTextToText.from_pretrained(
-                    checkpoint, dtype=torch.float32, trust_remote_code=False
+                    checkpoint,
+                    dtype=torch.float32,
+                    attn_implementation="eager",
+                    trust_remote_code=False,
                 ).eval()
             self.image_processor = image_processor(checkpoint)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:

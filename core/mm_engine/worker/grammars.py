@@ -191,7 +191,7 @@ def forbid(logits: Tensor, allowed: Mapping[int, Tensor]) -> None:
     picked = to_device(rows, logits.device)
     bits = torch.cat([allowed[row] for row in rows])
     width = min(32 * bits.shape[1], logits.shape[1])
-    if logits.device.type == "cpu":
+    if logits.device.type == "cpu" and logits.shape[1] > 1:  # xgrammar takes a column for a row
         mask = bits.new_full((logits.shape[0], bits.shape[1]), -1)
         mask[rows] = bits
         apply = load_xgrammar().apply_token_bitmask_inplace

@@ -13,7 +13,8 @@ import torch
 from mm_internvl.counts import max_pictures, num_image_tokens
 from mm_internvl.plugin import map_image, max_tokens
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     get_all_supported_aspect_ratios,
 )
