@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mm_engine.attention.triton_paged import triton_fault
 from mm_engine.worker.transfers import HostCopy, fill, to_device
-from pretend_card import DEVICE, Card, CardTensor
+from pretend_card import Card
 from pretend_cuda import pretending
+from pretend_tensor import DEVICE, CardTensor
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card"),
