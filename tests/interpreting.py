@@ -1,20 +1,26 @@
-"""Triton's interpreter as it is in newer versions, for kernels that loop."""
+"""An older Triton's interpreter as it is in 3.9, for kernels that loop."""
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
+
+from packaging.version import Version
 
 
 def take_bounds_as_scalars() -> None:
     """Let a kernel loop over `range(number)` under the interpreter.
 
     Every number is an array of one there. Triton 3.6 hands it to `int` as it is, which NumPy warns
-    of and from 2.4 on refuses; newer versions take the scalar out of it first, as is done here.
+    of and from 2.4 on refuses; 3.9 takes the scalar out of it first, as is done here.
     """
     try:
-        from triton.runtime import interpreter
-    except ImportError:  # no Triton, no kernels to interpret
+        if Version(metadata.version("triton")) >= Version("3.9"):
+            return
+    except metadata.PackageNotFoundError:  # no kernels to interpret
         return
+    from triton.runtime import interpreter
+
     patch = interpreter._patch_lang_tensor
 
     def patch_more(tensor: Any, scope: Any) -> None:

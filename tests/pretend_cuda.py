@@ -6,6 +6,7 @@ compute capability 9.0. Everything has to run in the thread that pretends.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from pretend_tensor import Dispatch, current, on_card, pin
 
 CAPABILITY = (9, 0)
 PROCESSORS = 4  # few: the interpreter runs one program after the other
-TOTAL, FREE = 2**33, 2**32  # bytes
+TOTAL, FREE = 2**27, 2**26  # bytes: its KV cache takes memory of the host
 
 
 class Graph:
@@ -38,10 +39,13 @@ class Event:
     """Stands for `torch.cuda.Event`."""
 
     def __init__(self, **_: Any) -> None:
-        self._number = 0
+        self._number, self._time = 0, 0.0
 
     def record(self, stream: Any = None) -> None:
-        self._number = current.get().num_copies
+        self._number, self._time = current.get().num_copies, time.perf_counter()
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1000 * (later._time - self._time)
 
     def synchronize(self) -> None:
         current.get().arrive(self._number)
@@ -104,7 +108,9 @@ def torch_cuda(card: Card) -> dict[str, Any]:
     )
     return {
         "is_available": lambda: True,
+        "is_bf16_supported": lambda: True,
         "_lazy_init": lambda: None,
+        "_sleep": lambda _: None,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda _: None,
@@ -142,7 +148,7 @@ def pretending() -> Iterator[Card]:
 
     def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
         def run(*hosts: Any, **options: Any) -> None:
-            with np.errstate(invalid="ignore"):  # a card says nothing of NaN
+            with np.errstate(all="ignore"):  # a card says nothing of NaN
                 execute(executor, *hosts, **options)
 
         card.kernel(run, allocates=False)(*args, **kwargs)

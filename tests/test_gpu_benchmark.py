@@ -15,6 +15,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mm_engine.attention.triton_paged import triton_fault
+from pretend_cuda import pretending
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 
@@ -71,6 +74,19 @@ def test_all_sections_run_without_a_card(
     assert sections["tests"]["details"]["last_line"].startswith("1 passed")
     printed = capsys.readouterr().out
     assert "decode, batch 3" in printed and "missed" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+@pytest.mark.skipif(triton_fault("cpu") is not None, reason="needs Triton and its interpreter")
+def test_what_times_kernels_runs_on_a_card_that_is_pretended(gpu: Callable[..., Any]) -> None:
+    names = ("floors", "attention", "kernels")  # an engine's profile takes the interpreter minutes
+    with pretending() as card:
+        record = gpu("--device", "cuda", "--no-processes", "--only", *names)
+    for name in names:
+        assert record["sections"][name]["status"] == "ok", record["sections"][name]
+    assert card.num_kernels
+    rows = {row["name"] for name in names for row in record["sections"][name]["rows"]}
+    assert {"attention, decode 1 × 20, GQA: triton", "silu_mul 8 × 48: triton"} <= rows
 
 
 def test_a_section_that_fails_or_takes_too_long_costs_no_other(tmp_path: Path) -> None:

@@ -7,13 +7,18 @@ compiler and its own kernels compute the same, it can't tell (tests/kernels, and
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
+from torch import Tensor
 
 from checkpoints import make_llava, make_llava_next
+from flash_stand_ins import standing_in
 from mm_engine import LLM, SamplingParams
 from mm_engine.attention.triton_paged import triton_fault
 from mm_engine.engine.fault_barrier import FaultBarrier
@@ -21,6 +26,7 @@ from mm_engine.sampling_params import StructuredOutputsParams
 from parity import Case, Oracle, picture
 from pretend_card import Card
 from pretend_cuda import pretending
+from test_bfloat16 import MAX_TOLERANCE, RMS_TOLERANCE, logits_of
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card"),
@@ -131,6 +137,32 @@ def test_tiles_of_llava_next(tmp_path: Path) -> None:
     for (case, num), ids in zip(cases, got, strict=True):
         oracle.check(case, oracle.answer(case, num), ids)
     check_waits(card, most=6)
+
+
+@pytest.mark.parametrize("backend", ["flash-attn", "varlen"])
+def test_attention_that_only_cards_have(llava: Path, backend: str) -> None:
+    """In bfloat16, which is what they take: logits are held to their tolerance in that."""
+    if backend == "varlen" and Version(torch.__version__) < Version("2.13"):
+        pytest.skip("varlen_attn reads no paged cache before torch 2.13")
+    seen: list[tuple[Case, list[int], torch.Tensor]] = []
+    with pretending() as card:
+
+        def kernel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            return functools.wraps(function)(card.kernel(function, allocates=True))
+
+        with standing_in(kernel):
+            options = {"dtype": "bfloat16", "attention_backend": backend}
+            llm = serve(card, llava, **options, kv_cache_memory=2**21, max_num_seqs=2)
+            for case, num in CASES[:2]:
+                answer, logits = logits_of(llm, case, num)
+                seen.append((case, answer, logits.cpu()))
+    oracle = Oracle(llava)
+    for case, answer, got in seen:
+        expected = oracle.logits(case, answer[:-1])
+        difference, scale = got - expected, expected.std()
+        assert difference.pow(2).mean().sqrt() / scale < RMS_TOLERANCE
+        assert difference.abs().max() / scale < MAX_TOLERANCE
+    assert bool(card.num_replays) == (backend == "flash-attn")  # varlen isn't captured
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

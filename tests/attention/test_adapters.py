@@ -1,147 +1,34 @@
 """What we pass to flash-attn and to PyTorch's varlen_attn means what the reference computes.
 
-Neither runs without a card. In their place stand functions with their signatures that refuse what
-their kernels refuse, and compute from the arguments by the reference. So this holds our side of the
+Neither runs without a card: `flash_stand_ins` are in their place. So this holds our side of the
 call; the kernels are held to the reference by test_backends.py, on a card.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
-import sys
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from mm_engine_kernels import reference
 from packaging.version import Version
 from torch import Tensor
 
 from attention_steps import MIXES, Step, assert_meets_reference, make_step
+from flash_stand_ins import (
+    PAGE,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    standing_in,
+)
 from mm_engine.attention.backend import AttentionBackend
 from mm_engine.attention.flash_attn import FlashAttention
 from mm_engine.attention.torch_varlen import VarlenAttention
 
-PAGE = 256
 Calls = list[str]
-
-
-def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: Tensor | None = None,
-) -> Tensor:
-    """The signature of flash-attn 2.8."""
-    lens = cu_seqlens_k.diff()
-    assert cu_seqlens_k[0] == 0 and cu_seqlens_k.dtype == torch.int32
-    assert max_seqlen_k >= lens.max()
-    assert causal
-    assert softmax_scale is not None
-    return by_reference(
-        (q, k, v),
-        cu_seqlens_q,
-        max_seqlen_q,
-        lens,
-        block_table,
-        softmax_scale,
-        window_size,
-        softcap,
-    )
-
-
-def flash_attn_with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: None = None,
-    v: None = None,
-    rotary_cos: None = None,
-    rotary_sin: None = None,
-    cache_seqlens: Tensor | None = None,
-    cache_batch_idx: None = None,
-    cache_leftpad: None = None,
-    block_table: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    rotary_interleaved: bool = True,
-    alibi_slopes: None = None,
-    num_splits: int = 0,
-    return_softmax_lse: bool = False,
-) -> Tensor:
-    """The signature of flash-attn 2.8; `k` and `v` would be written to the cache: we did that."""
-    assert k is None and v is None
-    assert num_splits == 0, "it knows better how many"
-    assert cache_seqlens is not None and softmax_scale is not None
-    assert q.dim() == 4 and q.shape[1] == 1
-    starts = torch.arange(len(q) + 1, dtype=torch.int32)
-    out = by_reference(
-        (q.flatten(0, 1), k_cache, v_cache),
-        starts,
-        1,
-        cache_seqlens,
-        block_table,
-        softmax_scale,
-        window_size,
-        softcap,
-    )
-    return out.unsqueeze(1)
-
-
-def by_reference(
-    tensors: tuple[Tensor, Tensor, Tensor],
-    query_starts: Tensor,
-    max_query_len: int,
-    lens: Tensor,
-    block_table: Tensor | None,
-    scale: float,
-    window_size: tuple[int, int],
-    softcap: float,
-) -> Tensor:
-    """Refuse what FlashAttention-2's paged kernels refuse, then ask the reference."""
-    query, keys, values = tensors
-    assert block_table is not None
-    for ints in (block_table, query_starts, lens):
-        assert ints.dtype == torch.int32
-    assert block_table.stride(-1) == 1 and query_starts.is_contiguous() and lens.is_contiguous()
-    assert query.dtype in (torch.bfloat16, torch.float16)
-    assert keys.dtype == values.dtype == query.dtype
-    assert keys.shape[1] % PAGE == 0
-    assert query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-    assert query.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
-    left, right = window_size
-    assert right <= 0  # what lies ahead is hidden anyway
-    query_lens = query_starts.diff()
-    assert query_starts[-1] == len(query)
-    assert max_query_len >= query_lens.max()
-    return reference.paged_attention(
-        query,
-        keys,
-        values,
-        block_table,
-        query_lens.tolist(),
-        lens.tolist(),
-        scale,
-        left + 1 if left >= 0 else None,
-        softcap or None,
-    )
 
 
 @pytest.fixture
@@ -151,61 +38,34 @@ def calls() -> Calls:
 
 
 @pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> FlashAttention:
-    package = ModuleType("flash_attn")
-    for function in (flash_attn_varlen_func, flash_attn_with_kvcache):
-        setattr(package, function.__name__, noting(function, calls))
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
+def stand_ins(calls: Calls) -> Iterator[None]:
+    def noting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(function)
+        def noted(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append(function.__name__)
+            return function(*args, **kwargs)
+
+        return noted
+
+    with standing_in(noting):
+        yield
+
+
+@pytest.fixture
+def flash(stand_ins: None) -> FlashAttention:
     return FlashAttention()
 
 
 @pytest.fixture
-def varlen(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> VarlenAttention:
-    from torch.nn.attention import varlen as module
-
-    signature = inspect.signature(module.varlen_attn)  # the real one
+def varlen(stand_ins: None) -> VarlenAttention:
     if Version(torch.__version__) < Version("2.13"):
         pytest.skip("varlen_attn reads no paged cache before torch 2.13, and is never chosen then")
-
-    def varlen_attn(*args: Any, **kwargs: Any) -> Tensor:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        calls.append("varlen_attn")
-        asked = given.arguments
-        assert asked["num_splits"] == 1  # others have been wrong with a paged cache
-        assert asked["return_aux"] is None
-        query, keys = asked["query"], asked["key"]
-        assert asked["enable_gqa"] == (query.shape[1] != keys.shape[2])
-        lens = asked["seqused_k"]
-        assert torch.equal(asked["cu_seq_k"].diff(), lens) and asked["max_k"] >= lens.max()
-        left, right = asked["window_size"]
-        assert right == 0  # causal: it has no other word for it
-        return by_reference(
-            (query, keys, asked["value"]),
-            asked["cu_seq_q"],
-            asked["max_q"],
-            lens,
-            asked["block_table"],
-            asked["scale"],
-            (left, right),
-            0.0,
-        )
-
-    monkeypatch.setattr(module, "varlen_attn", varlen_attn)
     return VarlenAttention()
 
 
 @pytest.fixture(params=["flash", "varlen"])
 def backend(request: pytest.FixtureRequest) -> AttentionBackend:
     return request.getfixturevalue(request.param)
-
-
-def noting(function: Callable[..., Tensor], calls: Calls) -> Callable[..., Tensor]:
-    def noted(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(function.__name__)
-        return function(*args, **kwargs)
-
-    return noted
 
 
 def make(backend: AttentionBackend, mix: list[tuple[int, int]], **options: Any) -> Step:
