@@ -104,7 +104,7 @@ def run(llm: LLM, questions: Sequence[Question], said: list[list[int]] | None) -
             assert index is not None
             rows[index, place] = row.float()
             taken.append(SampledToken(int(row.argmax()) if said is None else said[index][place]))
-        return Verified(torch.tensor([token.token_id for token in taken]), taken)
+        return Verified.of(taken, logits.device)
 
     runner: Any = llm.engine.runner
     runner._runner.sampler.launch = launch

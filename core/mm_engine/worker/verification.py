@@ -22,6 +22,12 @@ class Verified:
     host_ids: HostCopy
     known: list[SampledToken]
 
+    @classmethod
+    def of(cls, known: list[SampledToken], device: torch.device) -> Verified:
+        """Of tokens that the host knows already."""
+        ids = torch.tensor([token.token_id for token in known])
+        return cls(move(ids, device), HostCopy(ids), known)
+
     def tokens(self) -> list[SampledToken]:
         """One for each share."""
         return self.known
@@ -55,8 +61,7 @@ def launch_shares(
                 taken[i].append(token)
             going = [i for i in going if _is_right(shares[i], taken[i])]
     known = [replace(tokens[-1], accepted=tuple(tokens[:-1])) for tokens in taken]
-    ids = torch.tensor([token.token_id for token in known])
-    return Verified(move(ids, logits.device), HostCopy(ids), known)
+    return Verified.of(known, logits.device)
 
 
 def _is_right(share: ScheduledSequence, tokens: Seq[SampledToken]) -> bool:
