@@ -3,7 +3,7 @@
 What is on it are `CardTensor`s, which compute on the CPU. As on a card
 
 - tensors of the card and of the host don't mix;
-- whatever makes the host wait for the device is noted, and forbidden while a graph is captured;
+- what is known to make the host wait is noted, and forbidden while a graph is captured;
 - a copy to pinned memory has arrived when an event behind it has been waited for, and is garbage
   before; pinned memory that is on its way to the card may not be written to;
 - a captured graph repeats its launches over the same tensors, and what was allocated while it was
@@ -30,6 +30,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pretend_tensor import CardTensor, Dispatch, as_tensors, is_pinned, on_card, spoil, to_host
 
 aten = torch.ops.aten
+
+#: Files whose lines are told: of the engine, its plugins and transformers, wherever they lie.
+PACKAGE = re.compile(
+    r"/(core/mm_engine|kernels/mm_engine_kernels|plugins/mm_\w+/mm_\w+|site-packages/transformers)/"
+)
 
 #: The sizes of their results hang on numbers, or the result is a number.
 ASKING = frozenset(
@@ -93,7 +98,7 @@ class Card:
         lines = [
             f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.line}"
             for frame in traceback.extract_stack()
-            if re.search(r"/(mm_\w+|transformers)/", frame.filename)
+            if PACKAGE.search(frame.filename)
         ]
         self.waits.append(Wait(what, lines))
         self.arrive(self.num_copies)
@@ -282,6 +287,8 @@ class Card:
             self.wait("an index by a mask")
         if any(not isinstance(x, CardTensor) for x in tensors):
             self.wait("an index that is on the host")
+        if any(not x.dim() and x.dtype != torch.bool for x in tensors):
+            self.wait("an index that is one number")
         return bool(tensors)
 
 

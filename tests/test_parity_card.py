@@ -100,7 +100,7 @@ def check_waits(card: Card, *, most: int = 3) -> None:
     """Only for features was the device waited for, so often at most: there are three images."""
     others = [wait for wait in card.waits if not wait.where.endswith(KNOWN_WAITS)]
     assert not others, "\n".join(f"{wait.what}: {wait.lines[-3:]}" for wait in others)
-    assert len(card.waits) <= most
+    assert 0 < len(card.waits) <= most
 
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {

@@ -68,6 +68,7 @@ WAITS: dict[str, Callable[[Tensor], object]] = {
     "made there": lambda x: torch.tensor([1, 2], device=DEVICE),
     "mask": lambda x: x[x > 0],
     "index of the host": lambda x: x[torch.tensor([0])],
+    "one number": lambda x: x[to_device(0, DEVICE)],
     "list": lambda x: x[[0, 1]],
     "number at an index": lambda x: x.__setitem__(numbers(0).long(), 1.0),
     "nonzero": lambda x: x.nonzero(),

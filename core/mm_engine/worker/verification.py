@@ -25,7 +25,7 @@ class Verified:
     @classmethod
     def of(cls, known: list[SampledToken], device: torch.device) -> Verified:
         """Of tokens that the host knows already."""
-        ids = torch.tensor([token.token_id for token in known])
+        ids = torch.tensor([token.token_id for token in known], dtype=torch.int64)
         return cls(move(ids, device), HostCopy(ids), known)
 
     def tokens(self) -> list[SampledToken]:
